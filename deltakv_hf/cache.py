@@ -1,0 +1,200 @@
+"""`DeltaKVCache`: a `transformers` cache that stores tokens as quantised residuals against similar earlier tokens."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .attach import attach, unwrap
+from .bare import FORM, BareRope
+from .compressor import DirectCompressor
+from .config import DeltaKVConfig
+from .errors import CacheStateError, InvalidOptionError, UnsupportedModelError
+from .hf_compat import Cache, DynamicCache, DynamicLayer
+from .layer import DeltaKVLayer
+from .ledger import TokenLedger
+from .memory import MemoryReport, report
+from .rope import RopeRegistry
+from .support import check_config, check_length, longrope_switch
+
+
+class DeltaKVCache(Cache):
+    """Drop-in KV cache for `model.generate(past_key_values=...)` (DeltaKV, arXiv 2602.08005).
+
+    Full-attention layers keep the first tokens and a recent window as they are and everything between as packed
+    bytes; sliding-window, linear and hybrid layers are the host's own. The prompt's own attention is exact.
+
+    Args:
+        model: the model that will use the cache; hooks are registered on it once (see `deltakv_hf.detach`). A bare
+            `PretrainedConfig` is taken too, for one unpadded row and standard RoPE.
+        **options: fields of `DeltaKVConfig`.
+
+    Raises:
+        InvalidOptionError: an option is unknown or out of range.
+        UnsupportedModelError: the model's attention cannot be served.
+
+    Example:
+
+    ```python
+    cache = DeltaKVCache(model)
+    out = model.generate(**inputs, past_key_values=cache)
+    print(cache.memory_report())
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel | PretrainedConfig, **options):
+        self.options = DeltaKVConfig.from_options(options)
+        bare = isinstance(model, PretrainedConfig)
+        root = None if bare else unwrap(model)
+        check_config(model if bare else root.config)
+        self.model_config = (model if bare else root.config).get_text_config(decoder=True)
+        self._model = None if bare else weakref.ref(root)
+        self._bare_rope = BareRope(self.model_config) if bare else None
+        self._probes = {} if bare else attach(root)
+        self._longrope_switch = longrope_switch(self.model_config)
+        self._ledger = TokenLedger(self.options)
+        self._registry = RopeRegistry()
+        layers = DynamicCache(config=self.model_config).layers
+        make_compressor = partial(DirectCompressor, self.options)
+        for layer_idx, layer in enumerate(layers):
+            if type(layer) is not DynamicLayer:
+                continue
+            if not bare and layer_idx not in self._probes:
+                raise UnsupportedModelError(
+                    f"every full-attention layer must store its keys and values, but layer {layer_idx} of "
+                    f"{self.model_config.model_type!r} stored none. Use `DynamicCache`."
+                )
+            form = FORM if bare else self._probes[layer_idx].form
+            layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry)
+        super().__init__(layers=layers)
+        self._ledger.num_layers = len(self.own_layers)
+
+    @property
+    def own_layers(self) -> list[DeltaKVLayer]:
+        """The layers that compress; the others are the host's."""
+        return [layer for layer in self.layers if isinstance(layer, DeltaKVLayer)]
+
+    # -- what the hooks and the model tell ------------------------------------------------------------------------
+
+    def note_forward(self, module: nn.Module, attention_mask: object) -> None:
+        """Called by the hook on the model before a forward with this cache."""
+        self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
+
+    def note_attention(self, module: nn.Module, tables: object) -> None:
+        """Called by the hook on attention modules; `tables` are the module's `position_embeddings`."""
+        layer_idx = module.layer_idx
+        probe = self._probes.get(layer_idx)
+        if probe is None or probe.module() is not module:
+            raise CacheStateError(
+                f"this cache was made for another model: layer {layer_idx} ({type(module).__name__}) is not the one that "
+                "it knows. Make a cache for each model with `DeltaKVCache(model)`."
+            )
+        layer = self.layers[layer_idx]
+        if isinstance(layer, DeltaKVLayer) and layer.form is not None and tables is not None:
+            layer.receive_tables(*tables)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Stores `[batch, num_key_value_heads, q, head_dim]` new tokens of a layer; see `DeltaKVLayer.update`."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, DeltaKVLayer):
+            check_length(self._longrope_switch, layer.columns, key_states.shape[2])
+            if self._bare_rope is not None:
+                if key_states.shape[0] != 1:
+                    raise InvalidOptionError(
+                        "`model` must be the model itself for a batch: a bare config cannot see padding, got a batch of "
+                        f"{key_states.shape[0]}. Use `DeltaKVCache(model)`."
+                    )
+                layer.receive_tables(*self._bare_rope.tables(key_states, layer.columns))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    # -- what users and generate call -----------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Compresses all tokens beyond the window now; the state is then a function of the tokens fed alone."""
+        self._ledger.check_whole()
+        self._ledger.settle()
+        flush = self._ledger.make_flush(merge=True)
+        if flush is not None:
+            for layer in self.own_layers:
+                layer.flush(flush)
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes held, by part, beside those of a `DynamicCache`; prints as a table."""
+        return report(self.layers, self._ledger, self._registry)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest columns: `crop(-n)` removes n; only raw ones can go.
+
+        Raises:
+            InvalidOptionError: a positive number.
+            CacheStateError: a row would lose compressed tokens.
+        """
+        if tokens_to_remove > 0:
+            raise InvalidOptionError(
+                f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-n)` removes n tokens."
+            )
+        self._ledger.check_whole()
+        if tokens_to_remove < 0 and self._ledger.columns:
+            number = min(-tokens_to_remove, self._ledger.columns)
+            lost = self._ledger.crop(number)
+            even = lost[0] if self._ledger.row_columns is None else 0
+            for layer in self.own_layers:
+                layer.crop_to(self._ledger.columns, even)
+            for tables in self._registry.tables:
+                tables.crop(self._ledger.columns)
+        for layer in self.layers:
+            if not isinstance(layer, DeltaKVLayer):
+                layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forgets everything; options and model stay."""
+        super().reset()
+        self._ledger.reset()
+        self._registry.tables.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` becomes the old row `beam_idx[i]` (beam search)."""
+        for layer in self.layers:
+            if not isinstance(layer, DeltaKVLayer):
+                layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps rows `indices`, in that order."""
+        for layer in self.layers:
+            if not isinstance(layer, DeltaKVLayer):
+                layer.batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes `repeats` rows next to each other."""
+        for layer in self.layers:
+            if not isinstance(layer, DeltaKVLayer):
+                layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(self._ledger.batch_size).repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        ledger = self._ledger
+        ledger.check_whole()
+        if ledger.batch_size == 0:
+            return
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        # equal rows need no host copy of the indices, so beam search on an unpadded batch never waits
+        ledger.select_rows(rows.tolist() if ledger.row_columns is not None else None, len(rows))
+
+        def change(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, rows.to(tensor.device))
+
+        for layer in self.own_layers:
+            layer.map(change)
+        for tables in self._registry.tables:
+            tables.map(change)
+
+    def __repr__(self) -> str:
+        own = len(self.own_layers)
+        return f"DeltaKVCache({own} of {len(self.layers)} layers compressed, {self.get_seq_length()} tokens seen)"

@@ -1,0 +1,179 @@
+"""The training-free compressor: quantised residuals against decoded references (arXiv 2602.08005, "origin" form).
+
+A token is `x = [K; V]`, all heads joined, keys un-rotated. Every token on the lattice is a reference and is quantised
+by itself. Any other token is `x = mean of its nearest references, as decoded + residual`, and only the quantised
+residual and the references' numbers are stored. Predicting from decoded references keeps quantisation errors of
+references out of the tokens that use them. Every step treats a token by itself or in exact integers, so a token's
+bytes do not depend on how the text was cut into calls or which rows stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from .. import dispatch
+from ..config import DeltaKVConfig
+from ..errors import CacheStateError, InvalidOptionError
+from ..references import Lattice
+
+# tokens coded at once: bounds the float32 copies of a long prefill
+ENCODE_TILE = 2048
+MAX_REFERENCES = 2**16
+
+
+@dataclass(frozen=True)
+class DirectStore:
+    """Packed tokens of one layer; rows are left-aligned, a shorter row's tail end is unused.
+
+    Attributes:
+        reference_codes: `[batch, num_references, width * reference_nbits / 8]` uint8.
+        reference_scale: `[batch, num_references, groups]` float16.
+        residual_codes: `[batch, num_residuals, width * nbits / 8]` uint8.
+        residual_scale: `[batch, num_residuals, groups]` float16.
+        reference_idx: `[batch, num_residuals, top_k]` int16 holding unsigned 16-bit numbers of the row's references.
+    """
+
+    reference_codes: torch.Tensor
+    reference_scale: torch.Tensor
+    residual_codes: torch.Tensor
+    residual_scale: torch.Tensor
+    reference_idx: torch.Tensor
+
+    def map(self, change) -> DirectStore:
+        """A store whose every tensor is `change(tensor)`."""
+        return DirectStore(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+    def write(self, new: DirectStore, rows: list[int] | None, num_references: int, num_residuals: int) -> DirectStore:
+        """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows)."""
+        changed = {}
+        for field in fields(self):
+            start = num_references if field.name in ("reference_codes", "reference_scale") else num_residuals
+            changed[field.name] = _write(getattr(self, field.name), getattr(new, field.name), rows, start)
+        return replace(self, **changed)
+
+
+def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int) -> torch.Tensor:
+    stop = start + new.shape[1]
+    if rows is None:
+        return torch.cat([held[:, :start], new], dim=1)
+    size = max(stop, held.shape[1])
+    grown = held.new_zeros(held.shape[0], size, held.shape[2])
+    grown[:, : held.shape[1]] = held
+    for place, row in enumerate(rows):
+        grown[row, start:stop] = new[place]
+    return grown
+
+
+class DirectCompressor:
+    """Codes tokens of one layer without any trained or calibrated weight.
+
+    Args:
+        config: options of the cache.
+        key_width, value_width: numbers of a token in K and in V, `num_key_value_heads * head_dim` each.
+    """
+
+    def __init__(self, config: DeltaKVConfig, key_width: int, value_width: int):
+        self.config = config
+        self.width = key_width + value_width
+        self.lattice = Lattice(config.reference_stride, config.reference_growth)
+        for name in ("nbits", "reference_nbits"):
+            if self.width * getattr(config, name) % 8:
+                raise InvalidOptionError(
+                    f"`{name}` must pack the {self.width} numbers of a token into whole bytes, got "
+                    f"{getattr(config, name)}: use 8."
+                )
+        # a scale never spans K and V, whose sizes differ
+        common = math.gcd(key_width, value_width)
+        self.group_size = max(d for d in range(1, min(config.group_size, common) + 1) if common % d == 0)
+
+    def bytes_per_token(self) -> float:
+        """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
+        scales = 2 * self.width // self.group_size
+        reference = self.width * self.config.reference_nbits // 8 + scales
+        residual = self.width * self.config.nbits // 8 + scales + 2 * self.config.top_k
+        stride = self.config.reference_stride
+        return (reference + (stride - 1) * residual) / stride
+
+    def empty(self, batch_size: int, device: torch.device) -> DirectStore:
+        """A store without tokens."""
+        groups, config = self.width // self.group_size, self.config
+
+        def records(count: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(batch_size, 0, count, dtype=dtype, device=device)
+
+        return DirectStore(
+            reference_codes=records(self.width * config.reference_nbits // 8, torch.uint8),
+            reference_scale=records(groups, torch.float16),
+            residual_codes=records(self.width * config.nbits // 8, torch.uint8),
+            residual_scale=records(groups, torch.float16),
+            reference_idx=records(config.top_k, torch.int16),
+        )
+
+    def append(self, store: DirectStore, rows: list[int] | None, start: int, stop: int, read) -> DirectStore:
+        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+
+        Args:
+            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
+            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+        """
+        lattice, config = self.lattice, self.config
+        if lattice.count(stop) > MAX_REFERENCES:
+            raise CacheStateError(
+                f"a row must have at most {MAX_REFERENCES} references (their numbers are 16 bits), got "
+                f"{lattice.count(stop)} for {stop} compressed tokens: raise `reference_stride` or `reference_growth`."
+            )
+        num_references, num_residuals = lattice.count(start), start - lattice.count(start)
+        picked = slice(None) if rows is None else rows
+        held = store.reference_codes[picked, :num_references], store.reference_scale[picked, :num_references]
+        references = dispatch.dequantize(*held, config.reference_nbits)
+        parts = []
+        for first in range(start, stop, ENCODE_TILE):
+            last = min(first + ENCODE_TILE, stop)
+            span = lattice.span(first, last, references.device)
+            tokens = read(first, last)
+            reference = dispatch.quantize(
+                tokens.index_select(1, span.reference_offsets), config.reference_nbits, self.group_size
+            )
+            references = torch.cat([references, dispatch.dequantize(*reference, config.reference_nbits)], dim=1)
+            tokens = tokens.index_select(1, span.residual_offsets)
+            visible = span.num_visible.expand(tokens.shape[0], -1)
+            idx = dispatch.nearest_references(tokens, references, visible, config.top_k)
+            idx = idx.to(torch.int16)
+            residual = tokens.sub_(dispatch.predict(references, idx))
+            parts.append(DirectStore(*reference, *dispatch.quantize(residual, config.nbits, self.group_size), idx))
+        names = [field.name for field in fields(DirectStore)]
+        new = DirectStore(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
+        return store.write(new, rows, num_references, num_residuals)
+
+    def references(self, store: DirectStore) -> torch.Tensor:
+        """All references as decoded, `[batch, num_references, width]` float32."""
+        return dispatch.dequantize(store.reference_codes, store.reference_scale, self.config.reference_nbits)
+
+    def decode(self, store: DirectStore, references: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Compressed tokens `start .. stop - 1` of every row, `[batch, stop - start, width]` float32.
+
+        Args:
+            references: what `self.references(store)` gave.
+        """
+        first, last = self.lattice.count(start), self.lattice.count(stop)
+        piece = slice(start - first, stop - last)
+        residual = dispatch.reconstruct(
+            store.residual_codes[:, piece],
+            store.residual_scale[:, piece],
+            store.reference_idx[:, piece],
+            references,
+            self.config.nbits,
+        )
+        tokens = residual.new_empty(residual.shape[0], stop - start, self.width)
+        if self.lattice.is_regular(start, stop):
+            strides = tokens.unflatten(1, (-1, self.lattice.stride))
+            strides[:, :, 0] = references[:, first:last]
+            strides[:, :, 1:] = residual.unflatten(1, (-1, self.lattice.stride - 1)) if residual.shape[1] else 0
+        else:
+            span = self.lattice.span(start, stop, tokens.device)
+            tokens[:, span.reference_offsets] = references[:, first:last]
+            tokens[:, span.residual_offsets] = residual
+        return tokens

@@ -1,0 +1,73 @@
+"""Options of the caches: frozen dataclasses, checked once when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from .errors import InvalidOptionError
+
+
+@dataclass(frozen=True)
+class DeltaKVConfig:
+    """Options of `DeltaKVCache` (arXiv 2602.08005, section 3, in the training-free form).
+
+    Every count is in real tokens of a row; padding is never counted.
+
+    Args:
+        num_sink_tokens: first tokens of a row that stay raw for ever (>= 0).
+        recent_window: newest tokens of a row that stay raw at least (>= 0).
+        block_size: tokens leave the window in whole blocks of this many (>= 1); between two flushes a row
+            holds `recent_window` to `recent_window + block_size - 1` raw tokens behind its sinks.
+        reference_stride: every so many compressed tokens one is a reference (>= 1).
+        reference_growth: growing stride of the paper: after a reference at compressed position `p` the next one
+            follows `reference_stride + int(reference_growth * p)` tokens later (>= 0; 0 keeps the stride fixed).
+        top_k: references whose mean predicts a token (1 to 16).
+        nbits: bits per stored residual number (2, 4 or 8).
+        reference_nbits: bits per stored number of a reference (2, 4 or 8).
+        group_size: numbers that share one fp16 scale (>= 1). Where it does not divide
+            `num_key_value_heads * head_dim`, the largest divisor below it is used.
+    """
+
+    num_sink_tokens: int = 4
+    recent_window: int = 128
+    block_size: int = 32
+    reference_stride: int = 32
+    reference_growth: float = 0.0
+    top_k: int = 1
+    nbits: int = 4
+    reference_nbits: int = 8
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_integer("num_sink_tokens", self.num_sink_tokens, low=0)
+        _check_integer("recent_window", self.recent_window, low=0)
+        _check_integer("block_size", self.block_size, low=1)
+        _check_integer("reference_stride", self.reference_stride, low=1)
+        _check_integer("top_k", self.top_k, low=1, high=16)
+        _check_integer("group_size", self.group_size, low=1)
+        for name in ("nbits", "reference_nbits"):
+            if getattr(self, name) not in (2, 4, 8) or isinstance(getattr(self, name), bool):
+                raise InvalidOptionError(f"`{name}` must be one of 2, 4, 8, got {getattr(self, name)!r}.")
+        growth = self.reference_growth
+        if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 0 <= growth < float("inf"):
+            raise InvalidOptionError(f"`reference_growth` must be a finite number >= 0, got {growth!r}.")
+
+    @classmethod
+    def from_options(cls, options: dict) -> DeltaKVConfig:
+        """Makes a config from keyword options, refusing unknown names with the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise InvalidOptionError(f"`{name}` is not an option; the options are {', '.join(known)}.{hint}")
+        return cls(**options)
+
+
+def _check_integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
+    rule = f">= {low}" if high is None else f"from {low} to {high}"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        raise InvalidOptionError(f"`{name}` must be an integer {rule}, got {value!r}.")

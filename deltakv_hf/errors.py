@@ -1,0 +1,17 @@
+"""Every error that this package raises on purpose. Each message names the argument, the rule, the value and the fix."""
+
+
+class DeltaKVError(Exception):
+    """Base class of all errors of this package."""
+
+
+class InvalidOptionError(DeltaKVError, ValueError):
+    """An option or argument is unknown, of the wrong kind or out of range."""
+
+
+class UnsupportedModelError(DeltaKVError, ValueError):
+    """The model's attention cannot be served rightly by this cache."""
+
+
+class CacheStateError(DeltaKVError, RuntimeError):
+    """The cache was used in an order, or with tensors, for which no right answer exists."""

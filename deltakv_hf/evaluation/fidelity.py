@@ -1,0 +1,135 @@
+"""Fidelity of a cache to the full cache: what the stored context changes in the predictions after it.
+
+Protocol: a window's first `context` tokens are prefilled, then the rest is fed at once (teacher forcing) on top of the
+stored context. The logits of that second call are compared with those of the same two calls on a `DynamicCache`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..errors import InvalidOptionError
+
+LOGIT_TILE = 128
+
+
+@dataclass(frozen=True)
+class WindowFidelity:
+    """One window.
+
+    Attributes:
+        kl: mean KL(full || cache) over the predicted tokens, nats.
+        top1: share of predicted tokens whose most likely token is the full cache's.
+        nll, full_nll: mean negative log likelihood of the true tokens with the cache and with the full cache, nats.
+        stored_share: bytes held by the cache over those of the full cache, whole cache, after the context.
+    """
+
+    kl: float
+    top1: float
+    nll: float
+    full_nll: float
+    stored_share: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """All windows of a measurement; `mean` and `standard_error` give each of a window's figures."""
+
+    windows: list[WindowFidelity]
+
+    def mean(self, name: str) -> float:
+        """Mean of a field of `WindowFidelity` over the windows."""
+        return sum(getattr(w, name) for w in self.windows) / len(self.windows)
+
+    def standard_error(self, name: str) -> float:
+        """Standard error of that mean (0 for one window)."""
+        n, mean = len(self.windows), self.mean(name)
+        if n == 1:
+            return 0.0
+        return math.sqrt(sum((getattr(w, name) - mean) ** 2 for w in self.windows) / (n - 1) / n)
+
+    @property
+    def nll_change(self) -> float:
+        """Relative change of the mean negative log likelihood."""
+        return self.mean("nll") / self.mean("full_nll") - 1
+
+    def __str__(self) -> str:
+        names = [field.name for field in fields(WindowFidelity)]
+        lines = [f"{name:<14}{self.mean(name):10.5f} ± {self.standard_error(name):.5f}" for name in names]
+        return "\n".join([*lines, f"{'ΔNLL':<14}{self.nll_change:+10.3%}"])
+
+
+@torch.no_grad()
+def predict_after(
+    model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache
+) -> tuple[torch.Tensor, float]:
+    """Reads `ids` `[n]` in the two calls of the protocol.
+
+    Returns:
+        logits `[n - context, vocabulary]` of the second call, and the share of dense bytes held after the first (1 for
+        caches that give no `memory_report`).
+    """
+    ids = ids.to(model.device).unsqueeze(0)
+    model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    share = cache.memory_report().ratio if hasattr(cache, "memory_report") else 1.0
+    return model(input_ids=ids[:, context:], past_key_values=cache, use_cache=True).logits[0], share
+
+
+def compare(logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float, float, float]:
+    """Mean KL(full || other), top-1 agreement, and NLL of `targets` with each, of logits `[n, vocabulary]`."""
+    sums = torch.zeros(4)
+    for start in range(0, len(targets), LOGIT_TILE):
+        tile = slice(start, start + LOGIT_TILE)
+        p, q = (torch.log_softmax(x[tile].float(), dim=-1) for x in (full_logits, logits))
+        true = targets[tile, None]
+        sums += torch.stack(
+            [
+                (p.exp() * (p - q)).sum(),
+                (p.argmax(-1) == q.argmax(-1)).sum(),
+                -q.gather(1, true).sum(),
+                -p.gather(1, true).sum(),
+            ]
+        ).cpu()
+    return tuple((sums / len(targets)).tolist())
+
+
+def measure_fidelity(
+    model: PreTrainedModel,
+    windows: Iterable[torch.Tensor],
+    make_caches: dict[str, Callable[[], Cache]],
+    *,
+    context: int = 3072,
+    progress: Callable[[Iterable], Iterator] = iter,
+) -> dict[str, Fidelity]:
+    """Runs the protocol for several caches; the full cache's logits are computed once per window.
+
+    Args:
+        model: a causal language model.
+        windows: token ids `[n]` int64 each, `n > context + 1`.
+        make_caches: a function that makes an empty cache, by name.
+        context: tokens stored before predicting.
+        progress: wraps the iteration over windows (for a progress bar).
+
+    Returns:
+        a `Fidelity` by name.
+    """
+    results = {name: [] for name in make_caches}
+    for ids in progress(list(windows)):
+        if ids.ndim != 1 or len(ids) < context + 2:
+            raise InvalidOptionError(f"`windows` must hold 1-D ids of at least {context + 2} tokens, got {ids.shape}.")
+        targets = ids[context + 1 :].to(model.device)
+        full_logits, _ = predict_after(model, ids, context, DynamicCache(config=model.config))
+        for name, make_cache in make_caches.items():
+            cache = make_cache()
+            if not isinstance(cache, Cache):
+                raise InvalidOptionError(
+                    f"`make_caches[{name!r}]` must make a transformers Cache, got a {type(cache).__name__}."
+                )
+            logits, share = predict_after(model, ids, context, cache)
+            results[name].append(WindowFidelity(*compare(logits[:-1], full_logits[:-1], targets), share))
+    return {name: Fidelity(windows) for name, windows in results.items()}

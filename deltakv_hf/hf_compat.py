@@ -1,0 +1,59 @@
+"""Every difference between versions of the host and between devices that the rest of the package must not know."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+__all__ = [
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "HostCopy",
+    "check_versions",
+    "upload",
+]
+
+
+def check_versions() -> None:
+    """Refuses a host whose cache contract was never tried."""
+    if not Version("5.17") <= Version(transformers.__version__) < Version("6.dev0"):
+        raise ImportError(
+            f"deltakv_hf needs transformers >=5.17,<6, got {transformers.__version__}: "
+            'pip install "transformers>=5.17,<6".'
+        )
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a small CPU tensor to `device` without making the host wait for the device."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class HostCopy:
+    """A copy of a small device tensor on its way to the host; `get` waits only if it has not arrived yet."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._event = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._host = tensor.to("cpu", copy=True)
+
+    def __deepcopy__(self, memo: dict) -> HostCopy:
+        return HostCopy(self.get())
+
+    def get(self) -> torch.Tensor:
+        """The CPU tensor."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._host

@@ -1,0 +1,336 @@
+"""One growing layer of a `DeltaKVCache`: sinks raw | compressed store | tail raw | pending raw.
+
+The stored parts are one immutable `LayerState`; an update makes the next state and hands out a lazy view of the tokens.
+The shared `TokenLedger` has decided, once per forward, what is to be sorted and compressed; the layer only does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from .compressor import DirectCompressor, DirectStore
+from .errors import CacheStateError
+from .hf_compat import CacheLayerMixin, upload
+from .lazy import lazy_pair
+from .ledger import Flush, FlushGroup, Layout, Step, TokenLedger, View
+from .rope import RopeForm, RopeTables
+
+# compressed tokens decoded at once: temporaries of this many tokens stay in a CPU's cache
+DECODE_TILE = 1024
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Tensors of one layer. Raw parts are as received, keys after rotation.
+
+    Attributes:
+        sink_keys, sink_values: `[batch, num_key_value_heads, 0 or num_sink_tokens, head_dim]`.
+        tail_keys, tail_values: `[batch, num_key_value_heads, tail_width, head_dim]`, rows left-aligned.
+        pending_keys, pending_values: `[batch, num_key_value_heads, columns, head_dim]`, newest columns, pads included.
+        store: packed tokens.
+    """
+
+    sink_keys: torch.Tensor
+    sink_values: torch.Tensor
+    tail_keys: torch.Tensor
+    tail_values: torch.Tensor
+    pending_keys: torch.Tensor
+    pending_values: torch.Tensor
+    store: DirectStore
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerState:
+        """A state whose every tensor, the store's included, is `change(tensor)`."""
+        raw = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "store"}
+        return LayerState(**raw, store=self.store.map(change))
+
+
+class DeltaKVLayer(CacheLayerMixin):
+    """A cache layer for full attention; a transformers `CacheLayerMixin` that grows as tokens come.
+
+    Args:
+        layer_idx: number of the decoder layer.
+        ledger: counts shared with the other layers of the cache.
+        make_compressor: function `(key_width, value_width) -> compressor`.
+        form: how the layer's keys are rotated, or None if they are stored as received.
+        registry: the RoPE tables of the cache, which layers share.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, layer_idx: int, ledger: TokenLedger, make_compressor, form: RopeForm | None, registry):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.ledger = ledger
+        self.form = form
+        self.tables: RopeTables | None = None
+        self.compressor: DirectCompressor | None = None
+        self.state: LayerState | None = None
+        self.columns = 0
+        self._make_compressor = make_compressor
+        self._registry = registry
+        self._handed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._num_flushes = 0
+
+    # -- what a forward does -------------------------------------------------------------------------------------
+
+    def receive_tables(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Takes the RoPE tables of the coming `update`, `[1 or batch, q, width]` each."""
+        self._handed = (cos, sin)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes the empty state with the heads, dtype and device of the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads = key_states.shape[:2]
+        self.compressor = self._make_compressor(heads * key_states.shape[-1], heads * value_states.shape[-1])
+        raw = [states[:, :, :0].clone() for _ in range(3) for states in (key_states, value_states)]
+        self.state = LayerState(*raw, store=self.compressor.empty(batch, self.device))
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Stores new tokens and returns keys and values of all columns seen.
+
+        Args:
+            key_states, value_states: `[batch, num_key_value_heads, q, head_dim]`, keys after rotation.
+
+        Returns:
+            The arguments themselves if nothing was held before, else a pair of lazy tensors
+            `[batch, num_key_value_heads, columns, head_dim]`.
+        """
+        if key_states.requires_grad or value_states.requires_grad:
+            raise CacheStateError(
+                "`key_states` must not require grad: stored bytes carry no gradient. Run the model under `torch.no_grad()`."
+            )
+        step = self.ledger.arrive(self.columns, key_states.shape[0], key_states.shape[2])
+        if step.past == 0 and not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._take_tables(step)
+        if step.before is not None:
+            self._apply(step.before)
+        state = self.state
+        state = replace(
+            state,
+            pending_keys=_append(state.pending_keys, key_states),
+            pending_values=_append(state.pending_values, value_states),
+        )
+        self.columns = step.past + step.query_length
+        if step.past == 0:
+            view = key_states, value_states
+        else:
+            view = self._lazy_view(state)
+        self.state = state
+        if step.after is not None:
+            self._apply(step.after)
+        elif state.pending_keys is key_states:
+            # a view of the model's buffer would keep all of it alive
+            self.state = replace(state, pending_keys=key_states.clone(), pending_values=value_states.clone())
+        return view
+
+    def _take_tables(self, step: Step) -> None:
+        handed, self._handed = self._handed, None
+        if self.form is None:
+            return
+        if handed is None:
+            raise CacheStateError(
+                f"layer {self.layer_idx} must be handed the RoPE tables of every forward before `update`, got none: the "
+                "cache is used with a model that it was not made for. Make it with `DeltaKVCache(model)`."
+            )
+        cos, sin = handed
+        if cos.ndim != 3 or cos.shape[1] != step.query_length or cos.shape[0] not in (1, self.ledger.batch_size):
+            raise CacheStateError(
+                f"the RoPE tables of layer {self.layer_idx} must be [1 or {self.ledger.batch_size}, "
+                f"{step.query_length}, width], got {tuple(cos.shape)}."
+            )
+        if self.tables is None:
+            self.tables = self._registry.find(self.form, cos)
+        self.tables.extend(cos, sin, step.past)
+
+    def _lazy_view(self, state: LayerState):
+        layout = self.ledger.step.layout
+        raw = state.pending_keys, state.pending_values
+        shapes = [(*part.shape[:2], self.columns, part.shape[-1]) for part in raw]
+        return lazy_pair(lambda: self._decode(state, layout), *shapes, *raw)
+
+    # -- flush: raw tokens into the store ------------------------------------------------------------------------
+
+    def flush(self, flush: Flush) -> None:
+        """Does a flush that the ledger has decided between forwards."""
+        if self.is_initialized:
+            self._apply(flush)
+
+    def _apply(self, flush: Flush) -> None:
+        if flush.number != self._num_flushes + 1:
+            raise CacheStateError(f"layer {self.layer_idx} missed a flush; call `cache.reset()`.")
+        state = self.state
+        keys, values = _append(state.tail_keys, state.pending_keys), _append(state.tail_values, state.pending_values)
+        idx = None if flush.source_idx is None else upload(flush.source_idx, self.device)
+        sinks, store = (state.sink_keys, state.sink_values), state.store
+        for group in flush.groups:
+            rows = slice(None) if group.rows is None else upload(torch.tensor(group.rows), self.device)
+            if group.start == 0 and group.offset:
+                sinks = tuple(
+                    _write_rows(held, _pick(source, rows, idx, 0, group.offset), rows)
+                    for held, source in zip(sinks, (keys, values), strict=True)
+                )
+
+            def read(start: int, stop: int, group=group, rows=rows) -> torch.Tensor:
+                offset = group.offset - group.start
+                pieces = [_pick(source, rows, idx, start + offset, stop + offset) for source in (keys, values)]
+                return self._join(*pieces, group, rows, start, stop)
+
+            store = self.compressor.append(store, group.rows, group.start, group.stop, read)
+        if flush.tail_idx is None:
+            tail = [source[:, :, flush.tail_start :].clone() for source in (keys, values)]
+        else:
+            tail_idx = upload(flush.tail_idx, self.device)
+            tail = [_gather(source, tail_idx) for source in (keys, values)]
+        empty = [part[:, :, :0].clone() for part in tail]
+        self.state = LayerState(*sinks, *tail, *empty, store=store)
+        self._num_flushes = flush.number
+
+    def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
+        """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `x` `[rows, n, width]` float32."""
+        # copies: un-rotation works in place
+        keys = keys.transpose(1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if self.form is not None:
+            columns = self.ledger.columns_of(group, start, stop)
+            if columns is None:
+                first = self.ledger.config.num_sink_tokens
+                cos, sin = self.tables.rows(rows, first + start, first + stop)
+            else:
+                cos, sin = self.tables.gather(upload(columns, self.device), rows)
+            self.form.invert(keys, cos.unsqueeze(2), sin.unsqueeze(2))
+        return torch.cat([keys.flatten(2), values.transpose(1, 2).flatten(2).float()], dim=-1)
+
+    # -- view: stored bytes back into dense tensors --------------------------------------------------------------
+
+    def _decode(self, state: LayerState, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values `[batch, heads, columns, head_dim]` of all columns of `state`, which stand as `layout`."""
+        compressed, view = layout.compressed, layout.view(self.device)
+        raw_keys = state.sink_keys, state.tail_keys, state.pending_keys
+        raw_values = state.sink_values, state.tail_values, state.pending_values
+        num_sinks = state.sink_keys.shape[2]
+        total = compressed + sum(part.shape[2] for part in raw_keys)
+        keys, values = (
+            part[0].new_empty(*part[0].shape[:2], total, part[0].shape[-1]) for part in (raw_keys, raw_values)
+        )
+        for dense, (sink, tail, pending) in ((keys, raw_keys), (values, raw_values)):
+            dense[:, :, :num_sinks] = sink
+            behind = num_sinks + compressed
+            dense[:, :, behind : behind + tail.shape[2]] = tail
+            dense[:, :, behind + tail.shape[2] :] = pending
+        packed = slice(num_sinks, num_sinks + compressed)
+        self._decode_store(state.store, view, keys[:, :, packed], values[:, :, packed])
+        if view is None:
+            return keys, values
+        first_pending = total - state.pending_keys.shape[2]
+        pending = torch.arange(first_pending, total, device=self.device).expand(keys.shape[0], -1)
+        slots = torch.cat([view.slots, pending], dim=1)
+        return _gather(keys, slots), _gather(values, slots)
+
+    def _decode_store(self, store: DirectStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`."""
+        batch, heads, count, head_dim = keys.shape
+        if count == 0:
+            return
+        references = self.compressor.references(store)
+        stride = self.compressor.lattice.stride
+        tile = max(stride, DECODE_TILE // stride * stride)
+        first_column = self.ledger.config.num_sink_tokens
+        for start in range(0, count, tile):
+            stop = min(start + tile, count)
+            tokens = self.compressor.decode(store, references, start, stop)
+            x_keys, x_values = tokens.split([heads * head_dim, tokens.shape[-1] - heads * head_dim], dim=-1)
+            x_keys = x_keys.unflatten(-1, (heads, head_dim))
+            if self.form is not None:
+                if view is None:
+                    cos, sin = self.tables.rows(slice(None), first_column + start, first_column + stop)
+                else:
+                    cos, sin = self.tables.gather(view.compressed_columns[:, start:stop])
+                self.form.apply(x_keys, cos.unsqueeze(2), sin.unsqueeze(2))
+            keys[:, :, start:stop] = x_keys.transpose(1, 2)
+            values[:, :, start:stop] = x_values.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    # -- what else the host asks of a layer ----------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held."""
+        return self.ledger.batch_size
+
+    def get_seq_length(self) -> int:
+        """Columns seen (not tokens stored)."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next forward's mask must cover."""
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces every stored tensor by `change(tensor)`."""
+        if self.is_initialized:
+            self.state = self.state.map(change)
+
+    def crop_to(self, columns: int, lost: int) -> None:
+        """Forgets newest columns down to `columns`; where rows are equal the tail is cut by `lost` tokens."""
+        if not self.is_initialized:
+            return
+        state = self.state
+        pending = max(0, state.pending_keys.shape[2] - (self.columns - columns))
+        width = state.tail_keys.shape[2] - lost
+        self.state = replace(
+            state,
+            pending_keys=state.pending_keys[:, :, :pending].clone(),
+            pending_values=state.pending_values[:, :, :pending].clone(),
+            tail_keys=state.tail_keys[:, :, :width].clone() if lost else state.tail_keys,
+            tail_values=state.tail_values[:, :, :width].clone() if lost else state.tail_values,
+        )
+        self.columns = columns
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.state = self.compressor = self.tables = self._handed = None
+        self.columns, self._num_flushes, self.is_initialized = 0, 0, False
+
+    def __repr__(self) -> str:
+        return f"DeltaKVLayer(layer_idx={self.layer_idx}, columns={self.columns})"
+
+
+def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Joins along tokens without copying where one side is empty."""
+    if held.shape[2] == 0:
+        return new
+    return held if new.shape[2] == 0 else torch.cat([held, new], dim=2)
+
+
+def _pick(source: torch.Tensor, rows, idx: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    """Tokens `start .. stop - 1` of `rows`, in each row's own order: `[rows, heads, stop - start, head_dim]`."""
+    if idx is None:
+        return source[rows, :, start:stop]
+    return _gather(source[rows], idx[rows, start:stop])
+
+
+def _gather(source: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    """source `[batch, heads, n, head_dim]`, idx `[batch, m]` -> `[batch, heads, m, head_dim]`."""
+    return source.gather(2, idx[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3]))
+
+
+def _write_rows(held: torch.Tensor, new: torch.Tensor, rows) -> torch.Tensor:
+    """Sinks of `rows` become `new`; the first to arrive makes room for every row."""
+    if isinstance(rows, slice):
+        return new.clone()
+    if held.shape[2] == 0:
+        held = held.new_zeros(held.shape[0], held.shape[1], new.shape[2], held.shape[3])
+    written = held.clone()
+    written[rows] = new
+    return written

@@ -1,0 +1,364 @@
+"""Who stands where: per-row counts of real tokens, shared by all layers of a cache.
+
+A *column* is a position of the model's 2-D attention mask, padding included. A *token* is a real one, counted in its
+own row. Tokens of a row stand, in order, in the sinks, the compressed store and the raw tail; the columns of the last
+short calls are *pending* behind the tail, pads and all, until the next flush sorts them in. All decisions are made on
+the host from the masks of the calls; nothing here waits for the device except a prefill's own mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .config import DeltaKVConfig
+from .errors import CacheStateError
+from .hf_compat import HostCopy, upload
+
+
+@dataclass(frozen=True)
+class FlushGroup:
+    """Rows that compress the same tokens `start .. stop - 1` (compressed index) in one flush.
+
+    Attributes:
+        rows: row numbers, or None for all rows.
+        offset: first of these tokens among the tokens that the flush reads (see `Flush.source_idx`).
+    """
+
+    rows: list[int] | None
+    offset: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Flush:
+    """What every layer does in one flush. `source` is the layer's tail followed by its pending columns.
+
+    Attributes:
+        source_idx: `[batch, n]` int64, place in `source` of each row's tokens; None where they stand in order.
+        groups: what is compressed.
+        tail_idx: `[batch, m]` int64, what stays in the tail; None with `source_idx`, then `tail_start` says it.
+        tail_start: first token of `source` that stays in the tail, where rows are equal.
+        number: flushes count up, so that a layer can tell whether it has done this one.
+    """
+
+    number: int
+    source_idx: torch.Tensor | None
+    groups: list[FlushGroup]
+    tail_idx: torch.Tensor | None
+    tail_start: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """Where each column is read from when padding was seen: an index into [sinks | store | tail | pending]."""
+
+    slots: torch.Tensor  # [batch, merged columns] int64
+    compressed_columns: torch.Tensor  # [batch, most compressed tokens] int64: column of each compressed token
+
+
+class Layout:
+    """What stood where between two flushes: enough to read a `LayerState` of that time.
+
+    Attributes:
+        compressed: most compressed tokens in a row.
+    """
+
+    def __init__(self, num_sink_tokens: int, compressed: list[int], merged: int, row_columns):
+        self.compressed = max(compressed, default=0)
+        self._num_sink_tokens = num_sink_tokens
+        self._counts = list(compressed)
+        self._merged = merged
+        self._row_columns = row_columns
+        self._views: dict[torch.device, View] = {}
+
+    def view(self, device: torch.device) -> View | None:
+        """Where merged columns are read from; None while no padding was seen and all stand in order."""
+        if self._row_columns is None:
+            return None
+        if device not in self._views:
+            self._views[device] = self._make_view(device)
+        return self._views[device]
+
+    def _make_view(self, device: torch.device) -> View:
+        sinks, most = self._num_sink_tokens, self.compressed
+        slots = torch.zeros(len(self._counts), self._merged, dtype=torch.int64)
+        places = []
+        for row, columns in enumerate(self._row_columns):
+            count = self._counts[row]
+            columns = columns[columns < self._merged]
+            slot = torch.arange(len(columns))
+            if count:
+                # in the sinks and the store a token's slot is its number; the tail begins behind the longest store
+                slot[sinks + count :] += most - count
+            elif most:
+                slot += sinks + most
+            slots[row, columns] = slot
+            places.append(columns[sinks : sinks + count])
+        return View(upload(slots, device), upload(_stack(places), device))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Index tensors held on devices."""
+        return [t for view in self._views.values() for t in (view.slots, view.compressed_columns)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: `past` columns before it, `query_length` new ones; a flush before and, in a long call, after.
+
+    `layout` is how the tokens stand between the two.
+    """
+
+    past: int
+    query_length: int
+    before: Flush | None
+    layout: Layout
+    after: Flush | None
+
+
+@dataclass
+class TokenLedger:
+    """Counts of one cache.
+
+    Attributes:
+        columns: columns seen, those of the running forward included.
+        merged: columns whose tokens are sorted into sinks, store and tail; the others are pending.
+        seen: real tokens of each row among the columns whose mask is known.
+        compressed: compressed tokens of each row.
+        tail_lengths, tail_width: real tokens in each row's tail, and the width of the tail tensors.
+        row_columns: column of each real token by row (CPU int64), or None while no padding was seen.
+        layout: where tokens stand now.
+        num_layers, num_arrived: layers that share the ledger, and those that the running forward has reached.
+    """
+
+    config: DeltaKVConfig
+    batch_size: int = 0
+    columns: int = 0
+    merged: int = 0
+    seen: list[int] = field(default_factory=list)
+    compressed: list[int] = field(default_factory=list)
+    tail_lengths: list[int] = field(default_factory=list)
+    tail_width: int = 0
+    row_columns: list[torch.Tensor] | None = None
+    num_flushes: int = 0
+    step: Step | None = None
+    layout: Layout | None = None
+    num_layers: int = 0
+    num_arrived: int = 0
+    _noted: list[torch.Tensor | None] = field(default_factory=list)
+    _settled: int = 0
+    _arriving: HostCopy | None = None
+
+    def note_mask(self, attention_mask: object, outermost: bool) -> None:
+        """Takes the mask argument of the coming forward; modules inside the outermost one do not override it."""
+        if outermost or not self._noted:
+            self._noted = [attention_mask]
+
+    def arrive(self, columns: int, batch_size: int, query_length: int) -> Step:
+        """A layer that holds `columns` columns comes with new tokens; the first one opens the forward for all.
+
+        Args:
+            columns: held by the layer.
+            batch_size, query_length: of the new key states.
+
+        Returns:
+            What every layer does in this forward.
+        """
+        if self.step is None or (columns == self.columns and self.num_arrived == self.num_layers):
+            self._begin(batch_size, query_length, self._noted.pop() if self._noted else None)
+            self.num_arrived = 0
+        if columns != self.step.past or query_length != self.step.query_length:
+            raise CacheStateError(
+                f"a layer holds {columns} columns and got {query_length} new ones, but the running forward adds "
+                f"{self.step.query_length} to {self.step.past} in every layer: an earlier forward was broken off, or two "
+                "forwards share the cache. Call `cache.reset()` and feed the tokens again."
+            )
+        self.num_arrived += 1
+        return self.step
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Tensors held for bookkeeping, on any device."""
+        return (self.row_columns or []) + (self.layout.tensors() if self.layout else [])
+
+    def reset(self) -> None:
+        """Forgets all counts."""
+        self.__init__(self.config, num_layers=self.num_layers)
+
+    def check_whole(self) -> None:
+        """Raises if the last forward did not reach every layer."""
+        if self.step is not None and self.num_arrived != self.num_layers:
+            raise CacheStateError(
+                f"the last forward must have reached all {self.num_layers} layers, but it stopped after "
+                f"{self.num_arrived}. Call `cache.reset()` and feed the tokens again."
+            )
+
+    def _begin(self, batch_size: int, query_length: int, attention_mask: object) -> None:
+        if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.ndim == 2):
+            raise CacheStateError(
+                "`attention_mask` must be a 2-D tensor [batch, tokens] or None, so that the cache can see the padding, "
+                f"got {_describe(attention_mask)}."
+            )
+        if self.batch_size == 0:
+            self.batch_size = batch_size
+            self.seen, self.compressed, self.tail_lengths = ([0] * batch_size for _ in range(3))
+            self._relayout()
+        elif batch_size != self.batch_size:
+            raise CacheStateError(
+                f"the batch of `key_states` must be {self.batch_size}, the batch of the tokens already held, got "
+                f"{batch_size}: widen the cache with `batch_repeat_interleave` or start with `reset()`."
+            )
+        past = self.columns
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, past + query_length):
+            raise CacheStateError(
+                f"`attention_mask` must have shape {(batch_size, past + query_length)}: one column for each of the "
+                f"{past} tokens held and {query_length} new, got {tuple(attention_mask.shape)}. Pass the mask of the "
+                "whole sequence."
+            )
+        self.settle()
+        before = self.make_flush()
+        layout = self.layout
+        self.columns += query_length
+        if attention_mask is not None:
+            self._arriving = HostCopy(attention_mask != 0)
+        after = None
+        if query_length > self.config.block_size:
+            self.settle()
+            after = self.make_flush(merge=True)
+        self.step = Step(past, query_length, before, layout, after)
+
+    def settle(self) -> None:
+        """Counts the columns of the last call, whose mask may have been on its way to the host until now."""
+        mask, self._arriving = self._arriving, None
+        new = self.columns - self._settled
+        if mask is not None:
+            self._count_masked(mask.get()[:, : self.columns])
+        elif self.row_columns is not None:
+            fresh = torch.arange(self._settled, self.columns)
+            self.row_columns = [torch.cat([c, fresh]) for c in self.row_columns]
+        self.seen = [n + new for n in self.seen] if self.row_columns is None else [len(c) for c in self.row_columns]
+        self._settled = self.columns
+
+    def _count_masked(self, mask: torch.Tensor) -> None:
+        fresh, old = mask[:, self._settled :], mask[:, : self._settled]
+        if self.row_columns is None:
+            if fresh.all():
+                return
+            self.row_columns = [torch.arange(self._settled) for _ in range(self.batch_size)]
+        held = torch.zeros_like(old)
+        for row, columns in enumerate(self.row_columns):
+            held[row, columns] = True
+        if (old & ~held).any():
+            raise CacheStateError(
+                "`attention_mask` must not turn a column to 1 that was 0 when it was fed: padding is not stored. Feed "
+                "these tokens again after `reset()`."
+            )
+        self.row_columns = [
+            torch.cat([c, fresh[row].nonzero().flatten() + self._settled]) for row, c in enumerate(self.row_columns)
+        ]
+
+    def canonical(self, num_tokens: int) -> int:
+        """Compressed tokens of a row that has seen `num_tokens`: whole blocks beyond sinks and window."""
+        beyond = num_tokens - self.config.num_sink_tokens - self.config.recent_window
+        return max(0, beyond // self.config.block_size) * self.config.block_size
+
+    def make_flush(self, merge: bool = False) -> Flush | None:
+        """The flush that brings every row to its canonical count, or None if there is nothing to do.
+
+        Args:
+            merge: sort pending columns into the tail even where nothing is to be compressed.
+        """
+        targets = [max(self.canonical(n), c) for n, c in zip(self.seen, self.compressed, strict=True)]
+        if targets == self.compressed and not (merge and self.columns > self.merged):
+            return None
+        flush = self._even_flush(targets[0]) if self.row_columns is None else self._ragged_flush(targets)
+        self.num_flushes += 1
+        self.compressed, self.merged = targets, self.columns
+        self._relayout()
+        return flush
+
+    def _relayout(self) -> None:
+        self.layout = Layout(self.config.num_sink_tokens, self.compressed, self.merged, self.row_columns)
+
+    def _first_offset(self, compressed: int) -> int:
+        # a row's tail begins with its sinks until something is compressed
+        return self.config.num_sink_tokens if compressed == 0 else 0
+
+    def _even_flush(self, target: int) -> Flush:
+        start = self.compressed[0]
+        tail_start = self._first_offset(start) + target - start if target > start else 0
+        groups = [FlushGroup(None, self._first_offset(start), start, target)] if target > start else []
+        self.tail_width += self.columns - self.merged - tail_start
+        self.tail_lengths = [self.tail_width] * self.batch_size
+        return Flush(self.num_flushes + 1, None, groups, None, tail_start)
+
+    def _ragged_flush(self, targets: list[int]) -> Flush:
+        sources, tails, groups = [], [], {}
+        for row, columns in enumerate(self.row_columns):
+            pending = columns[columns >= self.merged] - self.merged + self.tail_width
+            source = torch.cat([torch.arange(self.tail_lengths[row]), pending])
+            start, stop, drop = self.compressed[row], targets[row], 0
+            if stop > start:
+                groups.setdefault((start, stop), []).append(row)
+                drop = self._first_offset(start) + stop - start
+            sources.append(source)
+            tails.append(source[drop:])
+        self.tail_lengths = [len(tail) for tail in tails]
+        self.tail_width = max(self.tail_lengths)
+        members = [FlushGroup(rows, self._first_offset(a), a, b) for (a, b), rows in groups.items()]
+        return Flush(self.num_flushes + 1, _stack(sources), members, _stack(tails))
+
+    def columns_of(self, group: FlushGroup, start: int, stop: int) -> torch.Tensor | None:
+        """Columns `[rows, stop - start]` of compressed tokens of a group; None: they are `num_sink_tokens + index`."""
+        if self.row_columns is None:
+            return None
+        sinks = self.config.num_sink_tokens
+        return torch.stack([self.row_columns[row][sinks + start : sinks + stop] for row in group.rows])
+
+    def select_rows(self, rows: list[int] | None, batch_size: int) -> None:
+        """The batch becomes `rows` of the old one, in that order; None where all rows are alike."""
+        self.settle()
+        rows = [0] * batch_size if rows is None else rows
+        for name in ("seen", "compressed", "tail_lengths"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        if self.row_columns is not None:
+            self.row_columns = [self.row_columns[row] for row in rows]
+        self.batch_size = batch_size
+        self._relayout()
+
+    def crop(self, num_columns: int) -> list[int]:
+        """Forgets the last `num_columns` columns; returns how many tail tokens each row loses (pending ones apart)."""
+        self.settle()
+        keep = self.columns - num_columns
+        lost = [max(0, self.merged - keep)] * self.batch_size
+        if self.row_columns is not None:
+            lost = [int(((c >= keep) & (c < self.merged)).sum()) for c in self.row_columns]
+        for row, count in enumerate(lost):
+            if count > self.tail_lengths[row]:
+                raise CacheStateError(
+                    f"`crop` must stay within the raw tail: row {row} has {self.tail_lengths[row]} raw tokens there, "
+                    f"got {count} to remove. Use a larger `recent_window`, or `reset()` and feed the kept tokens."
+                )
+        if self.row_columns is not None:
+            self.row_columns = [c[c < keep] for c in self.row_columns]
+            self.seen = [len(c) for c in self.row_columns]
+        else:
+            self.seen = [keep] * self.batch_size
+        self.tail_lengths = [n - k for n, k in zip(self.tail_lengths, lost, strict=True)]
+        if self.row_columns is None:
+            self.tail_width -= lost[0] if lost else 0
+        self.columns = self._settled = keep
+        self.merged = min(self.merged, keep)
+        self.step = None
+        self._relayout()
+        return lost
+
+
+def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of different length -> `[rows, longest]`, the missing places 0."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _describe(value: object) -> str:
+    return f"a {value.ndim}-D tensor" if torch.is_tensor(value) else f"a {type(value).__name__}"

@@ -1,0 +1,103 @@
+"""What a cache holds, counted in the bytes of the tensors that it keeps alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+PARTS = (
+    "sinks",
+    "recent window",
+    "references",
+    "residual codes",
+    "residual scales",
+    "reference ids",
+    "RoPE tables",
+    "bookkeeping",
+    "host layers",
+)
+
+
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`: a view counts all that it keeps alive, a share counts once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            storages[storage.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a cache by part, beside what a `DynamicCache` of the same tokens would hold.
+
+    Attributes:
+        parts: bytes by part of the cache.
+        dense_bytes: bytes that `DynamicCache` would hold for the same columns, padding included as it would be.
+        columns: columns seen, per row.
+        tokens: real tokens of all rows.
+        compressed_tokens: of these, packed in every layer of ours.
+    """
+
+    parts: dict[str, int]
+    dense_bytes: int
+    columns: int
+    tokens: int
+    compressed_tokens: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes held, all parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def ratio(self) -> float:
+        """Stored bytes over dense bytes (0 for an empty cache)."""
+        return self.stored_bytes / self.dense_bytes if self.dense_bytes else 0.0
+
+    def __str__(self) -> str:
+        rows = [(name, size) for name, size in self.parts.items() if size]
+        rows += [("stored", self.stored_bytes), ("dense", self.dense_bytes)]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{self.tokens} tokens, {self.compressed_tokens} of them compressed"]
+        for name, size in rows:
+            share = f"{size / self.dense_bytes:7.1%}" if self.dense_bytes else ""
+            lines.append(f"{name:<{width}}  {size / 2**20:10.3f} MiB  {share}".rstrip())
+        return "\n".join(lines)
+
+
+def report(layers: list, ledger, registry) -> MemoryReport:
+    """Counts a cache's layers, the RoPE tables of `registry` and the index tensors of `ledger`."""
+    parts = dict.fromkeys(PARTS, 0)
+    dense, compressed = 0, 0
+    for layer in layers:
+        if not hasattr(layer, "state"):
+            size = held_bytes(_tensors(vars(layer)))
+            parts["host layers"] += size
+            dense += size
+        elif layer.state is not None:
+            state, store = layer.state, layer.state.store
+            parts["sinks"] += held_bytes([state.sink_keys, state.sink_values])
+            raw = [state.tail_keys, state.tail_values, state.pending_keys, state.pending_values]
+            parts["recent window"] += held_bytes(raw)
+            parts["references"] += held_bytes([store.reference_codes, store.reference_scale])
+            parts["residual codes"] += held_bytes([store.residual_codes])
+            parts["residual scales"] += held_bytes([store.residual_scale])
+            parts["reference ids"] += held_bytes([store.reference_idx])
+            for raw_keys in (state.tail_keys, state.tail_values):
+                heads, head_dim = raw_keys.shape[1], raw_keys.shape[3]
+                dense += ledger.batch_size * heads * layer.columns * head_dim * raw_keys.element_size()
+            compressed = sum(ledger.compressed)
+    parts["RoPE tables"] = held_bytes(t for tables in registry.tables for t in (tables.cos, tables.sin))
+    parts["bookkeeping"] = held_bytes(ledger.tensors())
+    return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    """Tensors in an attribute dict of a host layer."""
+    if torch.is_tensor(value):
+        return [value]
+    return [t for item in value.values() for t in _tensors(item)] if isinstance(value, dict) else []

@@ -1,0 +1,79 @@
+"""Where references are placed: a lattice that is a function of a token's own position and of nothing else."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .hf_compat import upload
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of compressed tokens `start .. stop - 1` of a row, split into references and others.
+
+    Attributes:
+        reference_offsets: int64 `[n_ref]`, offsets from `start` of the tokens that are references.
+        residual_offsets: int64 `[n_res]`, offsets from `start` of all other tokens.
+        num_visible: int64 `[n_res]`, how many references of the row stand before each of those.
+    """
+
+    reference_offsets: torch.Tensor
+    residual_offsets: torch.Tensor
+    num_visible: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Positions of references among the compressed tokens of a row: 0, then `stride + int(growth * p)` after `p`.
+
+    With `growth > 0` the number of references grows like the logarithm of the length (the paper's growing stride).
+    """
+
+    stride: int
+    growth: float = 0.0
+
+    def count(self, num_tokens: int) -> int:
+        """Number of references among the first `num_tokens` compressed tokens."""
+        if self.growth == 0:
+            return -(-num_tokens // self.stride)
+        positions = _growing_positions(self.stride, self.growth, _round_up(num_tokens))
+        return bisect_left(positions, num_tokens)
+
+    def span(self, start: int, stop: int, device: torch.device | str = "cpu") -> Span:
+        """Splits tokens `start .. stop - 1`; the index tensors are on `device`."""
+        return _span(self, start, stop, torch.device(device))
+
+    def is_regular(self, start: int, stop: int) -> bool:
+        """Whether `start .. stop - 1` is whole strides, each beginning with its reference."""
+        return self.growth == 0 and start % self.stride == 0 and stop % self.stride == 0
+
+
+def _round_up(n: int) -> int:
+    # few distinct lengths, so that the cache of position lists is hit
+    return 1 << max(n, 1024).bit_length()
+
+
+@lru_cache(maxsize=8)
+def _growing_positions(stride: int, growth: float, limit: int) -> list[int]:
+    positions, p = [], 0
+    while p < limit:
+        positions.append(p)
+        p += stride + int(growth * p)
+    return positions
+
+
+@lru_cache(maxsize=16)
+def _span(lattice: Lattice, start: int, stop: int, device: torch.device) -> Span:
+    offsets = torch.arange(stop - start)
+    if lattice.growth == 0:
+        is_reference = (offsets + start) % lattice.stride == 0
+    else:
+        positions = torch.tensor(_growing_positions(lattice.stride, lattice.growth, _round_up(stop)))
+        is_reference = torch.isin(offsets + start, positions)
+    num_before = is_reference.cumsum(0) - is_reference.long() + lattice.count(start)
+    parts = offsets[is_reference], offsets[~is_reference], num_before[~is_reference]
+    return Span(*(upload(part, device) for part in parts))

@@ -1,0 +1,139 @@
+"""Rotary position embeddings: how a model turns keys, undone and done again from the tables that the model used.
+
+`transformers` hands keys to the cache after rotation. Similar tokens at different positions look different then, so
+keys are un-rotated before they are compressed. The model's own tables are kept (once per RoPE type, not per layer),
+so scaled, partial and position-dependent variants need no formula here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CacheStateError
+
+
+@dataclass(frozen=True)
+class RopeForm:
+    """How one attention module rotates its keys.
+
+    Attributes:
+        pairing: "half" turns channel `i` with `i + n/2`, "interleaved" channel `2i` with `2i + 1`, of the first `n`
+            channels of a head.
+        table: where the angle of pair `i` stands in a table row: "halves" at `i` (the row holds the angles twice, one
+            copy after the other), "pairs" at `2i` (each angle twice in a row), "single" at `i` (held once).
+    """
+
+    pairing: str
+    table: str
+
+    def angles(self, table: torch.Tensor) -> torch.Tensor:
+        """Cuts a table `[.., tokens, width]` to one number per pair, `[.., tokens, n/2]`, as a copy."""
+        if self.table == "single":
+            return table.clone()
+        width = table.shape[-1] // 2
+        return (table[..., :width] if self.table == "halves" else table[..., ::2]).contiguous().clone()
+
+    def apply(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotates the last axis in place. x `[..., head_dim]` float32; cos, sin broadcast to `[..., n/2]`."""
+        first, second = self._pairs(x, cos.shape[-1])
+        kept = first.clone()
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).addcmul_(kept, sin)
+
+    def invert(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Undoes `apply` in place; exact for tables that carry a factor (YaRN) or are rounded to 16 bits."""
+        first, second = self._pairs(x, cos.shape[-1])
+        kept = first.clone()
+        square = cos * cos + sin * sin
+        first.mul_(cos).addcmul_(second, sin).div_(square)
+        second.mul_(cos).addcmul_(kept, sin, value=-1).div_(square)
+
+    def _pairs(self, x: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.pairing == "half":
+            return x[..., :num_pairs], x[..., num_pairs : 2 * num_pairs]
+        return x[..., 0 : 2 * num_pairs : 2], x[..., 1 : 2 * num_pairs : 2]
+
+
+class RopeTables:
+    """Angles of every column that a cache has seen, for all layers with the same RoPE type on one device.
+
+    Attributes:
+        cos, sin: `[1 or batch, columns, n/2]` in the model's dtype.
+    """
+
+    def __init__(self, form: RopeForm):
+        self.form = form
+        self.cos: torch.Tensor | None = None
+        self.sin: torch.Tensor | None = None
+        self._last = None
+
+    @property
+    def columns(self) -> int:
+        return 0 if self.cos is None else self.cos.shape[1]
+
+    def is_last(self, cos: torch.Tensor) -> bool:
+        """Whether `cos` is the very tensor that was added last (layers of one type are handed one tensor)."""
+        return self._last is not None and self._last() is cos
+
+    def extend(self, cos: torch.Tensor, sin: torch.Tensor, past: int) -> None:
+        """Appends the tables of a forward, `[1 or batch, q, width]`; a second layer with the same ones adds nothing."""
+        if self.is_last(cos):
+            if self.columns == past + cos.shape[1]:
+                return
+            raise CacheStateError("the RoPE tables of a forward must be new, got those of the forward before again.")
+        if self.columns != past:
+            raise CacheStateError(
+                f"the RoPE tables of this forward must follow column {past}, but tables for {self.columns} columns are "
+                "held: another layer was given different tables. Call `cache.reset()` and run the prompt again."
+            )
+        new_cos, new_sin = self.form.angles(cos), self.form.angles(sin)
+        if self.cos is None:
+            self.cos, self.sin = new_cos, new_sin
+        else:
+            rows = max(self.cos.shape[0], new_cos.shape[0])
+            self.cos = torch.cat([self.cos.expand(rows, -1, -1), new_cos.expand(rows, -1, -1)], dim=1)
+            self.sin = torch.cat([self.sin.expand(rows, -1, -1), new_sin.expand(rows, -1, -1)], dim=1)
+        self._last = weakref.ref(cos)
+
+    def rows(self, rows: slice | torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 cos, sin `[1 or rows, stop - start, n/2]` of columns `start .. stop - 1`."""
+        picked = slice(None) if self.cos.shape[0] == 1 else rows
+        return self.cos[picked, start:stop].float(), self.sin[picked, start:stop].float()
+
+    def gather(self, columns: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 cos, sin `[n_rows, m, n/2]` of `columns` int64 `[n_rows, m]`, of `rows` (None: all)."""
+        held = (self.cos, self.sin)
+        if self.cos.shape[0] > 1 and rows is not None:
+            held = (self.cos[rows], self.sin[rows])
+        idx = columns.unsqueeze(-1).expand(-1, -1, self.cos.shape[-1])
+        cos, sin = (table.expand(idx.shape[0], -1, -1).gather(1, idx).float() for table in held)
+        return cos, sin
+
+    def map(self, change) -> None:
+        """Applies `change` (a function of a `[batch, ..]` tensor) to tables that differ by row."""
+        if self.cos is not None and self.cos.shape[0] > 1:
+            self.cos, self.sin = change(self.cos), change(self.sin)
+
+    def crop(self, columns: int) -> None:
+        """Keeps the first `columns` columns."""
+        if self.cos is not None:
+            self.cos, self.sin = self.cos[:, :columns].clone(), self.sin[:, :columns].clone()
+        self._last = None
+
+
+class RopeRegistry:
+    """The tables of one cache: layers that were handed the same tensor in their first forward share one copy."""
+
+    def __init__(self):
+        self.tables: list[RopeTables] = []
+
+    def find(self, form: RopeForm, cos: torch.Tensor) -> RopeTables:
+        """Tables to which `cos` was just added by another layer of the same form, or new ones."""
+        for tables in self.tables:
+            if tables.form == form and tables.is_last(cos):
+                return tables
+        self.tables.append(RopeTables(form))
+        return self.tables[-1]

@@ -1,0 +1,10 @@
+"""The pure-PyTorch specification of every op, one op a file.
+
+Each op here is readable, runs on any device and decides what is right; `triton_ops` repeats its names and signatures.
+"""
+
+from .nearest_references import nearest_references
+from .quantize import dequantize, pack, quantize, unpack
+from .reconstruct import predict, reconstruct
+
+__all__ = ["dequantize", "nearest_references", "pack", "predict", "quantize", "reconstruct", "unpack"]

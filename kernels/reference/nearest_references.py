@@ -1,0 +1,73 @@
+"""Nearest references of tokens by L2, streamed, in exact integer arithmetic: the specification.
+
+A rounding error that depends on the shape of a matrix product would let the same token choose another reference when
+it arrives in another chunk or batch. So tokens and references are first rounded to integers with one scale each, few
+enough levels that every dot product is an integer below 2**24. Such sums are exact in float32 (and in TF32 and bf16
+tensor cores with float32 accumulation) in any order, hence equal on every device, for every tiling.
+"""
+
+import math
+
+import torch
+
+TOKEN_TILE = 1024
+REFERENCE_TILE = 1024
+
+
+def nearest_references(
+    tokens: torch.Tensor, references: torch.Tensor, num_visible: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """Finds for each token the `top_k` nearest of the references that it may use.
+
+    Args:
+        tokens: `[batch, num_tokens, width]` float32.
+        references: `[batch, num_references, width]` float32.
+        num_visible: `[batch, num_tokens]` integer; token `t` may use references `0 .. num_visible[t] - 1`. At least
+            one; where fewer than `top_k` are visible the nearest is repeated.
+        top_k: references per token.
+
+    Returns:
+        `[batch, num_tokens, top_k]` int64, nearest first; among equals the earlier reference wins.
+    """
+    batch, num_tokens, width = tokens.shape
+    num_references = references.shape[1]
+    levels = min(127, math.isqrt(2**24 // width))
+    reference_codes, reference_scale = _round_rows(references, levels)
+    square = (reference_codes * reference_codes).sum(-1) * (reference_scale * reference_scale)
+    found = torch.empty(batch, num_tokens, top_k, dtype=torch.int64, device=tokens.device)
+    for start in range(0, num_tokens, TOKEN_TILE):
+        codes, scale = _round_rows(tokens[:, start : start + TOKEN_TILE], levels)
+        visible = num_visible[:, start : start + TOKEN_TILE, None]
+        best = torch.full((*codes.shape[:2], top_k), torch.inf, device=tokens.device)
+        best_idx = torch.zeros(best.shape, dtype=torch.int64, device=tokens.device)
+        for first in range(0, num_references, REFERENCE_TILE):
+            tile = slice(first, first + REFERENCE_TILE)
+            dot = codes @ reference_codes[:, tile].transpose(1, 2)
+            # |x - r|^2 without |x|^2, which is the same for every reference of a token
+            distance = square[:, None, tile] - (dot * scale[..., None]) * (2 * reference_scale[:, None, tile])
+            idx = torch.arange(first, first + distance.shape[-1], device=tokens.device)
+            distance = torch.where(idx < visible, distance, torch.inf)
+            best, best_idx = _merge(best, best_idx, distance, idx.expand_as(distance), top_k)
+        # fewer visible than wanted: repeat the nearest
+        best_idx = torch.where(best.isfinite(), best_idx, best_idx[..., :1])
+        found[:, start : start + TOKEN_TILE] = best_idx
+    return found
+
+
+def _round_rows(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax(-1) / levels
+    codes = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).round_()
+    return codes, scale
+
+
+def _merge(best, best_idx, distance, idx, top_k):
+    """Running top-k: keeps the `top_k` smallest of what is known and what a tile adds, in a stable order."""
+    if top_k == 1:
+        tile_best, place = distance.min(-1, keepdim=True)
+        # `min` may return any of several equal places; the first is the specified one
+        place = torch.where(distance == tile_best, idx, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
+        better = tile_best < best
+        return torch.where(better, tile_best, best), torch.where(better, place, best_idx)
+    distance, idx = torch.cat([best, distance], -1), torch.cat([best_idx, idx], -1)
+    order = distance.sort(-1, stable=True).indices[..., :top_k]
+    return distance.gather(-1, order), idx.gather(-1, order)
