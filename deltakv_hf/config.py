@@ -26,7 +26,7 @@ class DeltaKVConfig:
         top_k: references whose mean predicts a token (1 to 16).
         nbits: bits per stored residual number (2, 4 or 8).
         reference_nbits: bits per stored number of a reference (2, 4 or 8).
-        group_size: numbers that share one fp16 scale (>= 1). Where it does not divide
+        group_size: numbers that share one fp16 scale and minimum (>= 1). Where it does not divide
             `num_key_value_heads * head_dim`, the largest divisor below it is used.
     """
 

@@ -18,8 +18,8 @@ from .lazy import lazy_pair
 from .ledger import Flush, FlushGroup, Layout, Step, TokenLedger, View
 from .rope import RopeForm, RopeTables
 
-# compressed tokens decoded at once: temporaries of this many tokens stay in a CPU's cache
-DECODE_TILE = 1024
+# working memory of a decode; a tile of tokens is what fits
+SCRATCH_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class DeltaKVLayer(CacheLayerMixin):
         """
         if key_states.requires_grad or value_states.requires_grad:
             raise CacheStateError(
-                "`key_states` must not require grad: stored bytes carry no gradient. Run the model under `torch.no_grad()`."
+                "`key_states` must not require grad: stored bytes carry no gradient. Run the model under "
+                "`torch.no_grad()`."
             )
         step = self.ledger.arrive(self.columns, key_states.shape[0], key_states.shape[2])
         if step.past == 0 and not self.is_initialized:
@@ -136,8 +137,8 @@ class DeltaKVLayer(CacheLayerMixin):
             return
         if handed is None:
             raise CacheStateError(
-                f"layer {self.layer_idx} must be handed the RoPE tables of every forward before `update`, got none: the "
-                "cache is used with a model that it was not made for. Make it with `DeltaKVCache(model)`."
+                f"layer {self.layer_idx} must be handed the RoPE tables of every forward before `update`, got none: "
+                "the cache is used with a model that it was not made for. Make it with `DeltaKVCache(model)`."
             )
         cos, sin = handed
         if cos.ndim != 3 or cos.shape[1] != step.query_length or cos.shape[0] not in (1, self.ledger.batch_size):
@@ -193,7 +194,7 @@ class DeltaKVLayer(CacheLayerMixin):
         self._num_flushes = flush.number
 
     def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
-        """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `x` `[rows, n, width]` float32."""
+        """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `[rows, n, width]` float32."""
         # copies: un-rotation works in place
         keys = keys.transpose(1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.form is not None:
@@ -209,51 +210,62 @@ class DeltaKVLayer(CacheLayerMixin):
     # -- view: stored bytes back into dense tensors --------------------------------------------------------------
 
     def _decode(self, state: LayerState, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense keys and values `[batch, heads, columns, head_dim]` of all columns of `state`, which stand as `layout`."""
+        """Dense keys and values `[batch, heads, columns, head_dim]` of all columns of `state`, standing as `layout`."""
         compressed, view = layout.compressed, layout.view(self.device)
         raw_keys = state.sink_keys, state.tail_keys, state.pending_keys
         raw_values = state.sink_values, state.tail_values, state.pending_values
-        num_sinks = state.sink_keys.shape[2]
+        batch, heads, num_sinks, head_dim = state.sink_keys.shape
         total = compressed + sum(part.shape[2] for part in raw_keys)
-        keys, values = (
-            part[0].new_empty(*part[0].shape[:2], total, part[0].shape[-1]) for part in (raw_keys, raw_values)
-        )
-        for dense, (sink, tail, pending) in ((keys, raw_keys), (values, raw_values)):
-            dense[:, :, :num_sinks] = sink
+        # token by token, [K; V] side by side, as tokens are coded: they are decoded in place
+        dense = state.sink_keys.new_empty(batch, total, self.compressor.width)
+        self._decode_store(state.store, view, dense[:, num_sinks : num_sinks + compressed])
+        keys, values = self._split(dense)
+        for states, (sink, tail, pending) in ((keys, raw_keys), (values, raw_values)):
             behind = num_sinks + compressed
-            dense[:, :, behind : behind + tail.shape[2]] = tail
-            dense[:, :, behind + tail.shape[2] :] = pending
-        packed = slice(num_sinks, num_sinks + compressed)
-        self._decode_store(state.store, view, keys[:, :, packed], values[:, :, packed])
+            states[:, :, :num_sinks] = sink
+            states[:, :, behind : behind + tail.shape[2]] = tail
+            states[:, :, behind + tail.shape[2] :] = pending
         if view is None:
             return keys, values
         first_pending = total - state.pending_keys.shape[2]
-        pending = torch.arange(first_pending, total, device=self.device).expand(keys.shape[0], -1)
+        pending = torch.arange(first_pending, total, device=self.device).expand(batch, -1)
         slots = torch.cat([view.slots, pending], dim=1)
         return _gather(keys, slots), _gather(values, slots)
 
-    def _decode_store(self, store: DirectStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`."""
-        batch, heads, count, head_dim = keys.shape
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views `[batch, heads, n, head_dim]` of keys and values in `x` `[batch, n, width]`."""
+        heads, head_dim = self.state.sink_keys.shape[1], self.state.sink_keys.shape[3]
+        keys, values = x.split([heads * head_dim, x.shape[-1] - heads * head_dim], dim=-1)
+        return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (keys, values))
+
+    def _decode_store(self, store: DirectStore, view: View | None, dense: torch.Tensor) -> None:
+        """Decodes all packed tokens of `store` into `dense` `[batch, n, width]`, keys rotated."""
+        count = dense.shape[1]
         if count == 0:
             return
         references = self.compressor.references(store)
         stride = self.compressor.lattice.stride
-        tile = max(stride, DECODE_TILE // stride * stride)
+        in_place = dense.dtype == torch.float32
+        num_parts = 2 if in_place else 3
+        tile = SCRATCH_BYTES // (num_parts * dense.shape[0] * dense.shape[2] * 4)
+        tile = max(1, tile // stride) * stride
+        # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
+        size = dense.shape[0] * min(tile, count) * dense.shape[2]
+        scratch = torch.empty(num_parts, size, dtype=torch.float32, device=dense.device)
         first_column = self.ledger.config.num_sink_tokens
         for start in range(0, count, tile):
             stop = min(start + tile, count)
-            tokens = self.compressor.decode(store, references, start, stop)
-            x_keys, x_values = tokens.split([heads * head_dim, tokens.shape[-1] - heads * head_dim], dim=-1)
-            x_keys = x_keys.unflatten(-1, (heads, head_dim))
+            place = dense[:, start:stop]
+            tokens = place if in_place else scratch[2, : place.numel()].view(place.shape)
+            self.compressor.decode(store, references, start, stop, tokens, scratch[:2])
             if self.form is not None:
                 if view is None:
                     cos, sin = self.tables.rows(slice(None), first_column + start, first_column + stop)
                 else:
                     cos, sin = self.tables.gather(view.compressed_columns[:, start:stop])
-                self.form.apply(x_keys, cos.unsqueeze(2), sin.unsqueeze(2))
-            keys[:, :, start:stop] = x_keys.transpose(1, 2)
-            values[:, :, start:stop] = x_values.unflatten(-1, (heads, -1)).transpose(1, 2)
+                self.form.apply(self._split(tokens)[0], cos.unsqueeze(1), sin.unsqueeze(1))
+            if not in_place:
+                place.copy_(tokens)
 
     # -- what else the host asks of a layer ----------------------------------------------------------------------
 

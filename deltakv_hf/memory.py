@@ -12,7 +12,7 @@ PARTS = (
     "recent window",
     "references",
     "residual codes",
-    "residual scales",
+    "residual levels",
     "reference ids",
     "RoPE tables",
     "bookkeeping",
@@ -83,13 +83,12 @@ def report(layers: list, ledger, registry) -> MemoryReport:
             parts["sinks"] += held_bytes([state.sink_keys, state.sink_values])
             raw = [state.tail_keys, state.tail_values, state.pending_keys, state.pending_values]
             parts["recent window"] += held_bytes(raw)
-            parts["references"] += held_bytes([store.reference_codes, store.reference_scale])
+            parts["references"] += held_bytes([store.reference_codes, store.reference_levels])
             parts["residual codes"] += held_bytes([store.residual_codes])
-            parts["residual scales"] += held_bytes([store.residual_scale])
+            parts["residual levels"] += held_bytes([store.residual_levels])
             parts["reference ids"] += held_bytes([store.reference_idx])
-            for raw_keys in (state.tail_keys, state.tail_values):
-                heads, head_dim = raw_keys.shape[1], raw_keys.shape[3]
-                dense += ledger.batch_size * heads * layer.columns * head_dim * raw_keys.element_size()
+            for raw in (state.tail_keys, state.tail_values):
+                dense += ledger.batch_size * raw.shape[1] * layer.columns * raw.shape[3] * raw.element_size()
             compressed = sum(ledger.compressed)
     parts["RoPE tables"] = held_bytes(t for tables in registry.tables for t in (tables.cos, tables.sin))
     parts["bookkeeping"] = held_bytes(ledger.tensors())

@@ -48,8 +48,9 @@ class RopeForm:
         first, second = self._pairs(x, cos.shape[-1])
         kept = first.clone()
         square = cos * cos + sin * sin
-        first.mul_(cos).addcmul_(second, sin).div_(square)
-        second.mul_(cos).addcmul_(kept, sin, value=-1).div_(square)
+        # no fused multiply-add: stored bytes must not depend on where in a tensor a token stands
+        first.mul_(cos).add_(second * sin).div_(square)
+        second.mul_(cos).sub_(kept * sin).div_(square)
 
     def _pairs(self, x: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.pairing == "half":

@@ -30,16 +30,16 @@ class DirectStore:
 
     Attributes:
         reference_codes: `[batch, num_references, width * reference_nbits / 8]` uint8.
-        reference_scale: `[batch, num_references, groups]` float16.
+        reference_levels: `[batch, num_references, groups, 2]` float16, scale and minimum of each group.
         residual_codes: `[batch, num_residuals, width * nbits / 8]` uint8.
-        residual_scale: `[batch, num_residuals, groups]` float16.
+        residual_levels: `[batch, num_residuals, groups, 2]` float16.
         reference_idx: `[batch, num_residuals, top_k]` int16 holding unsigned 16-bit numbers of the row's references.
     """
 
     reference_codes: torch.Tensor
-    reference_scale: torch.Tensor
+    reference_levels: torch.Tensor
     residual_codes: torch.Tensor
-    residual_scale: torch.Tensor
+    residual_levels: torch.Tensor
     reference_idx: torch.Tensor
 
     def map(self, change) -> DirectStore:
@@ -50,7 +50,7 @@ class DirectStore:
         """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows)."""
         changed = {}
         for field in fields(self):
-            start = num_references if field.name in ("reference_codes", "reference_scale") else num_residuals
+            start = num_references if field.name in ("reference_codes", "reference_levels") else num_residuals
             changed[field.name] = _write(getattr(self, field.name), getattr(new, field.name), rows, start)
         return replace(self, **changed)
 
@@ -60,7 +60,7 @@ def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start:
     if rows is None:
         return torch.cat([held[:, :start], new], dim=1)
     size = max(stop, held.shape[1])
-    grown = held.new_zeros(held.shape[0], size, held.shape[2])
+    grown = held.new_zeros(held.shape[0], size, *held.shape[2:])
     grown[:, : held.shape[1]] = held
     for place, row in enumerate(rows):
         grown[row, start:stop] = new[place]
@@ -91,9 +91,9 @@ class DirectCompressor:
 
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
-        scales = 2 * self.width // self.group_size
-        reference = self.width * self.config.reference_nbits // 8 + scales
-        residual = self.width * self.config.nbits // 8 + scales + 2 * self.config.top_k
+        levels = 4 * self.width // self.group_size
+        reference = self.width * self.config.reference_nbits // 8 + levels
+        residual = self.width * self.config.nbits // 8 + levels + 2 * self.config.top_k
         stride = self.config.reference_stride
         return (reference + (stride - 1) * residual) / stride
 
@@ -101,15 +101,15 @@ class DirectCompressor:
         """A store without tokens."""
         groups, config = self.width // self.group_size, self.config
 
-        def records(count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(batch_size, 0, count, dtype=dtype, device=device)
+        def records(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(batch_size, 0, *shape, dtype=dtype, device=device)
 
         return DirectStore(
-            reference_codes=records(self.width * config.reference_nbits // 8, torch.uint8),
-            reference_scale=records(groups, torch.float16),
-            residual_codes=records(self.width * config.nbits // 8, torch.uint8),
-            residual_scale=records(groups, torch.float16),
-            reference_idx=records(config.top_k, torch.int16),
+            reference_codes=records(self.width * config.reference_nbits // 8, dtype=torch.uint8),
+            reference_levels=records(groups, 2, dtype=torch.float16),
+            residual_codes=records(self.width * config.nbits // 8, dtype=torch.uint8),
+            residual_levels=records(groups, 2, dtype=torch.float16),
+            reference_idx=records(config.top_k, dtype=torch.int16),
         )
 
     def append(self, store: DirectStore, rows: list[int] | None, start: int, stop: int, read) -> DirectStore:
@@ -127,7 +127,7 @@ class DirectCompressor:
             )
         num_references, num_residuals = lattice.count(start), start - lattice.count(start)
         picked = slice(None) if rows is None else rows
-        held = store.reference_codes[picked, :num_references], store.reference_scale[picked, :num_references]
+        held = store.reference_codes[picked, :num_references], store.reference_levels[picked, :num_references]
         references = dispatch.dequantize(*held, config.reference_nbits)
         parts = []
         for first in range(start, stop, ENCODE_TILE):
@@ -150,30 +150,36 @@ class DirectCompressor:
 
     def references(self, store: DirectStore) -> torch.Tensor:
         """All references as decoded, `[batch, num_references, width]` float32."""
-        return dispatch.dequantize(store.reference_codes, store.reference_scale, self.config.reference_nbits)
+        return dispatch.dequantize(store.reference_codes, store.reference_levels, self.config.reference_nbits)
 
-    def decode(self, store: DirectStore, references: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Compressed tokens `start .. stop - 1` of every row, `[batch, stop - start, width]` float32.
+    def decode(
+        self,
+        store: DirectStore,
+        references: torch.Tensor,
+        start: int,
+        stop: int,
+        out: torch.Tensor,
+        scratch: torch.Tensor | None = None,
+    ) -> None:
+        """Writes compressed tokens `start .. stop - 1` of every row to `out` `[batch, stop - start, width]` float32.
 
         Args:
             references: what `self.references(store)` gave.
+            scratch: `[2, at least the numbers of out]` float32 to work in.
         """
         first, last = self.lattice.count(start), self.lattice.count(stop)
         piece = slice(start - first, stop - last)
-        residual = dispatch.reconstruct(
-            store.residual_codes[:, piece],
-            store.residual_scale[:, piece],
-            store.reference_idx[:, piece],
-            references,
-            self.config.nbits,
-        )
-        tokens = residual.new_empty(residual.shape[0], stop - start, self.width)
-        if self.lattice.is_regular(start, stop):
-            strides = tokens.unflatten(1, (-1, self.lattice.stride))
+        residual = store.residual_codes[:, piece], store.residual_levels[:, piece], store.reference_idx[:, piece]
+        stride = self.lattice.stride
+        if stride > 1 and self.lattice.is_regular(start, stop):
+            # decoded in place between the references
+            strides = out.unflatten(1, (-1, stride))
             strides[:, :, 0] = references[:, first:last]
-            strides[:, :, 1:] = residual.unflatten(1, (-1, self.lattice.stride - 1)) if residual.shape[1] else 0
+            residual = [part.unflatten(1, (-1, stride - 1)) for part in residual]
+            dispatch.reconstruct(*residual, references, self.config.nbits, strides[:, :, 1:], scratch)
         else:
-            span = self.lattice.span(start, stop, tokens.device)
-            tokens[:, span.reference_offsets] = references[:, first:last]
-            tokens[:, span.residual_offsets] = residual
-        return tokens
+            span = self.lattice.span(start, stop, out.device)
+            out[:, span.reference_offsets] = references[:, first:last]
+            out[:, span.residual_offsets] = dispatch.reconstruct(
+                *residual, references, self.config.nbits, None, scratch
+            )

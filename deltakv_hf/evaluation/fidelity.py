@@ -65,9 +65,7 @@ class Fidelity:
 
 
 @torch.no_grad()
-def predict_after(
-    model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache
-) -> tuple[torch.Tensor, float]:
+def predict_after(model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache) -> tuple[torch.Tensor, float]:
     """Reads `ids` `[n]` in the two calls of the protocol.
 
     Returns:
@@ -80,7 +78,9 @@ def predict_after(
     return model(input_ids=ids[:, context:], past_key_values=cache, use_cache=True).logits[0], share
 
 
-def compare(logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float, float, float]:
+def compare(
+    logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[float, float, float, float]:
     """Mean KL(full || other), top-1 agreement, and NLL of `targets` with each, of logits `[n, vocabulary]`."""
     sums = torch.zeros(4)
     for start in range(0, len(targets), LOGIT_TILE):

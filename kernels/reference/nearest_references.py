@@ -69,5 +69,5 @@ def _merge(best, best_idx, distance, idx, top_k):
         better = tile_best < best
         return torch.where(better, tile_best, best), torch.where(better, place, best_idx)
     distance, idx = torch.cat([best, distance], -1), torch.cat([best_idx, idx], -1)
-    order = distance.sort(-1, stable=True).indices[..., :top_k]
+    order = distance.sort(dim=-1, stable=True).indices[..., :top_k]
     return distance.gather(-1, order), idx.gather(-1, order)

@@ -1,59 +1,75 @@
-"""Symmetric group quantisation to packed signed integers: the specification.
+"""Asymmetric group quantisation to packed unsigned integers: the specification.
 
 One byte holds `8 // nbits` codes. The last axis is cut into `8 // nbits` equal consecutive segments; byte `j` holds
 element `j` of segment 0 in its lowest bits, of segment 1 in the next, and so on. For [K;V] joined and 4 bits, the low
-nibbles are therefore K and the high nibbles V, and unpacking is two shifts with no interleaving.
+nibbles are therefore K and the high nibbles V, and unpacking is a mask and a shift with no interleaving.
 """
+
+import math
 
 import torch
 
 
 def quantize(x: torch.Tensor, nbits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises groups of the last axis and packs the codes.
+    """Quantises groups of the last axis between their minimum and maximum and packs the codes.
 
-    Every step is elementwise or a maximum, so the bytes of a token do not depend on the tokens beside it.
+    Every step is elementwise, a minimum or a maximum, so the bytes of a token do not depend on the tokens beside it.
 
     Args:
         x: `[..., width]` float32; `group_size` and `8 // nbits` divide `width`.
         nbits: 2, 4 or 8.
-        group_size: numbers per scale.
+        group_size: numbers that share a scale and a minimum.
 
     Returns:
-        codes `[..., width * nbits // 8]` uint8, scale `[..., width // group_size]` float16.
+        codes `[..., width * nbits // 8]` uint8, and scale and minimum of each group side by side,
+        `[..., width // group_size, 2]` float16. A group that is not finite reads back as NaN.
     """
-    top = 2 ** (nbits - 1) - 1
     groups = x.unflatten(-1, (-1, group_size))
-    # a non-finite input must not turn into finite numbers: its scale is NaN and so is what is read back
-    peak = groups.abs().amax(-1)
-    scale = torch.where(peak.isfinite(), (peak / top).clamp(max=torch.finfo(torch.float16).max), torch.nan)
-    scale = scale.to(torch.float16)
-    step = scale.float().unsqueeze(-1)
-    codes = torch.where(step > 0, groups / step, 0.0).round_().clamp_(-top - 1, top).to(torch.int8).flatten(-2)
-    return pack(codes, nbits), scale
+    low, high = groups.amin(-1), groups.amax(-1)
+    limit = torch.finfo(torch.float16).max
+    scale = ((high - low) / (2**nbits - 1)).clamp(max=limit)
+    levels = torch.stack([torch.where(scale.isfinite(), scale, torch.nan), low.clamp(-limit, limit)], dim=-1).half()
+    # codes are chosen for the rounded levels, which are all that a reader has
+    step, bottom = levels.float().unsqueeze(-1).unbind(-2)
+    codes = torch.where(step > 0, (groups - bottom) / step, 0.0).round_().clamp_(0, 2**nbits - 1)
+    return pack(codes.to(torch.uint8).flatten(-2), nbits), levels
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Inverse of `quantize`: codes `[..., bytes]`, scale `[..., groups]` -> `[..., width]` float32."""
-    numbers = unpack(codes, nbits).to(torch.float32)
-    numbers.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unsqueeze(-1))
+def dequantize(codes: torch.Tensor, levels: torch.Tensor, nbits: int) -> torch.Tensor:
+    """Inverse of `quantize`: codes `[..., bytes]`, levels `[..., groups, 2]` -> `[..., width]` float32."""
+    numbers = unpack_float(codes, nbits)
+    scale, low = levels.float().unsqueeze(-1).unbind(-2)
+    # two operations rather than a fused one, whose rounding may differ between the ends and the middle of a tensor
+    numbers.unflatten(-1, (levels.shape[-2], -1)).mul_(scale).add_(low)
+    return numbers
+
+
+def unpack_float(packed: torch.Tensor, nbits: int, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """Packed bytes `[..., bytes]` uint8 -> codes `[..., bytes * 8 // nbits]` float32, held in `scratch` if given."""
+    numbers = take(scratch, (*packed.shape[:-1], packed.shape[-1] * 8 // nbits), packed.device)
+    for field, part in zip(unpack(packed, nbits), numbers.chunk(8 // nbits, dim=-1), strict=True):
+        part.copy_(field)
     return numbers
 
 
 def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Signed codes `[..., width]` int8 -> packed bytes `[..., width * nbits // 8]` uint8."""
-    if nbits == 8:
-        return codes.view(torch.uint8)
-    fields = (codes.view(torch.uint8) & (2**nbits - 1)).chunk(8 // nbits, dim=-1)
+    """Codes `[..., width]` uint8 below `2**nbits` -> packed bytes `[..., width * nbits // 8]` uint8."""
+    fields = codes.chunk(8 // nbits, dim=-1)
     packed = fields[0].clone()
     for place, field in enumerate(fields[1:], start=1):
         packed |= field << (place * nbits)
     return packed
 
 
-def unpack(packed: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Packed bytes `[..., bytes]` uint8 -> signed codes `[..., bytes * 8 // nbits]` int8."""
+def unpack(packed: torch.Tensor, nbits: int) -> list[torch.Tensor]:
+    """Packed bytes `[..., bytes]` uint8 -> the `8 // nbits` segments of codes, each `[..., bytes]` uint8."""
     if nbits == 8:
-        return packed.view(torch.int8)
-    # shifting a field to the top of the byte and back down carries its sign along
-    places = range(8 // nbits)
-    return torch.cat([(packed << (8 - nbits * (p + 1))).view(torch.int8) >> (8 - nbits) for p in places], dim=-1)
+        return [packed]
+    return [(packed >> place) & (2**nbits - 1) for place in range(0, 8, nbits)]
+
+
+def take(scratch: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The beginning of 1-D `scratch` seen as `shape`, or new memory."""
+    if scratch is None:
+        return torch.empty(shape, device=device)
+    return scratch[: math.prod(shape)].view(shape)

@@ -2,49 +2,65 @@
 
 import torch
 
-from .quantize import dequantize
+from .quantize import take, unpack_float
 
 
-def predict(references: torch.Tensor, reference_idx: torch.Tensor) -> torch.Tensor:
+def predict(references: torch.Tensor, reference_idx: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of the chosen references.
 
     Args:
         references: `[batch, num_references, width]` float32.
-        reference_idx: `[batch, num_tokens, top_k]` int16 holding unsigned 16-bit numbers, or int64.
+        reference_idx: `[batch, ..., top_k]` int16 holding unsigned 16-bit numbers, or wider.
+        scratch: 1-D float32 to hold the result.
 
     Returns:
-        `[batch, num_tokens, width]` float32.
+        `[batch, ..., width]` float32.
     """
     batch, num_references, width = references.shape
     idx = reference_idx.to(torch.int32) & 0xFFFF
     if batch > 1:
-        idx = idx + torch.arange(batch, device=idx.device, dtype=idx.dtype).view(-1, 1, 1) * num_references
+        first_row = torch.arange(batch, device=idx.device, dtype=idx.dtype) * num_references
+        idx = idx + first_row.view(-1, *[1] * (idx.ndim - 1))
     rows = references.reshape(-1, width)
-    total = torch.nn.functional.embedding(idx[..., 0], rows)
+    total = take(scratch, (*idx.shape[:-1], width), rows.device)
+    torch.index_select(rows, 0, idx[..., 0].flatten(), out=total.view(-1, width))
     # summed one after the other: the order, and so every bit, is the same for any shape
     for k in range(1, idx.shape[-1]):
         total += torch.nn.functional.embedding(idx[..., k], rows)
-    return total if idx.shape[-1] == 1 else total / idx.shape[-1]
+    return total if idx.shape[-1] == 1 else total.div_(idx.shape[-1])
 
 
 def reconstruct(
     residual_codes: torch.Tensor,
-    residual_scale: torch.Tensor,
+    residual_levels: torch.Tensor,
     reference_idx: torch.Tensor,
     references: torch.Tensor,
     nbits: int,
+    out: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reads tokens back.
 
     Args:
-        residual_codes: `[batch, num_tokens, bytes]` uint8, as packed by `quantize`.
-        residual_scale: `[batch, num_tokens, groups]` float16.
-        reference_idx: `[batch, num_tokens, top_k]` int16 holding unsigned 16-bit numbers.
+        residual_codes: `[batch, ..., bytes]` uint8, as packed by `quantize`.
+        residual_levels: `[batch, ..., groups, 2]` float16.
+        reference_idx: `[batch, ..., top_k]` int16 holding unsigned 16-bit numbers.
         references: `[batch, num_references, width]` float32, decoded.
         nbits: bits per residual number.
+        out: `[batch, ..., width]` float32 to write to.
+        scratch: `[2, at least the numbers of out]` float32 to work in. Fresh memory costs a CPU more than the arithmetic.
 
     Returns:
-        `[batch, num_tokens, width]` float32.
+        `out`, or a new tensor like it.
     """
-    tokens = dequantize(residual_codes, residual_scale, nbits)
-    return tokens.add_(predict(references, reference_idx))
+    first, second = (None, None) if scratch is None else scratch
+    numbers = unpack_float(residual_codes, nbits, first)
+    predicted = predict(references, reference_idx, second)
+    scale, low = residual_levels.float().unsqueeze(-1).unbind(-2)
+    if out is None:
+        out = torch.empty_like(predicted)
+    # few passes over memory: this is most of a decode step on a CPU
+    num_groups = residual_levels.shape[-2]
+    numbers, predicted, groups = (x.unflatten(-1, (num_groups, -1)) for x in (numbers, predicted, out))
+    torch.addcmul(predicted, numbers, scale, out=groups).add_(low)
+    return out
