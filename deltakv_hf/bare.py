@@ -20,7 +20,6 @@ FAMILIES = (
     "mixtral",
     "olmo2",
     "qwen2",
-    "qwen2_moe",
     "qwen3",
     "qwen3_moe",
 )
@@ -41,7 +40,8 @@ class BareRope:
         partial = [p.get("partial_rotary_factor", 1.0) for p in parameters]
         if config.model_type not in FAMILIES or set(types) - set(ROPE_TYPES) or set(partial) != {1.0}:
             raise UnsupportedModelError(
-                f"a bare config must be of {', '.join(FAMILIES)} with whole-head RoPE of type {', '.join(ROPE_TYPES)}, got "
+                f"a bare config must be of {', '.join(FAMILIES)} with whole-head RoPE of type "
+                f"{', '.join(ROPE_TYPES)}, got "
                 f"{config.model_type!r} with {', '.join(types)}. Pass the model: `DeltaKVCache(model)`."
             )
         self._embedding = LlamaRotaryEmbedding(config)

@@ -90,8 +90,8 @@ class DeltaKVCache(Cache):
         probe = self._probes.get(layer_idx)
         if probe is None or probe.module() is not module:
             raise CacheStateError(
-                f"this cache was made for another model: layer {layer_idx} ({type(module).__name__}) is not the one that "
-                "it knows. Make a cache for each model with `DeltaKVCache(model)`."
+                f"this cache was made for another model: layer {layer_idx} ({type(module).__name__}) is not the "
+                "one that it knows. Make a cache for each model with `DeltaKVCache(model)`."
             )
         layer = self.layers[layer_idx]
         if isinstance(layer, DeltaKVLayer) and layer.form is not None and tables is not None:
@@ -105,8 +105,8 @@ class DeltaKVCache(Cache):
             if self._bare_rope is not None:
                 if key_states.shape[0] != 1:
                     raise InvalidOptionError(
-                        "`model` must be the model itself for a batch: a bare config cannot see padding, got a batch of "
-                        f"{key_states.shape[0]}. Use `DeltaKVCache(model)`."
+                        "`model` must be the model itself for a batch: a bare config cannot see padding, got a batch "
+                        f"of {key_states.shape[0]}. Use `DeltaKVCache(model)`."
                     )
                 layer.receive_tables(*self._bare_rope.tables(key_states, layer.columns))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -172,8 +172,8 @@ class TokenLedger:
         if columns != self.step.past or query_length != self.step.query_length:
             raise CacheStateError(
                 f"a layer holds {columns} columns and got {query_length} new ones, but the running forward adds "
-                f"{self.step.query_length} to {self.step.past} in every layer: an earlier forward was broken off, or two "
-                "forwards share the cache. Call `cache.reset()` and feed the tokens again."
+                f"{self.step.query_length} to {self.step.past} in every layer: an earlier forward was broken off, or "
+                "two forwards share the cache. Call `cache.reset()` and feed the tokens again."
             )
         self.num_arrived += 1
         return self.step

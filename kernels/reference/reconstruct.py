@@ -48,7 +48,7 @@ def reconstruct(
         references: `[batch, num_references, width]` float32, decoded.
         nbits: bits per residual number.
         out: `[batch, ..., width]` float32 to write to.
-        scratch: `[2, at least the numbers of out]` float32 to work in. Fresh memory costs a CPU more than the arithmetic.
+        scratch: `[2, at least the numbers of out]` float32 to work in; fresh memory costs a CPU more than this.
 
     Returns:
         `out`, or a new tensor like it.
