@@ -29,15 +29,16 @@ class LayerProbe:
     Attributes:
         module: weak reference to the attention module.
         kind: "rope" (keys are un-rotated before they are compressed), "none" (the layer does not rotate),
-            "opaque" (it rotates in a way that cannot be undone; keys are compressed as received) or "unprobed".
+            "opaque" (nothing is known that would undo its rotation; keys are compressed as received).
         form: how "rope" layers rotate, else None.
     """
 
-    module: weakref.ref | None
+    module: weakref.ref
     kind: str
     form: RopeForm | None
 
 
+_NOTHING = LayerProbe(lambda: None, "opaque", None)
 _PROBES: weakref.WeakKeyDictionary[nn.Module, dict[int, LayerProbe]] = weakref.WeakKeyDictionary()
 
 
@@ -48,7 +49,8 @@ def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
         model: a decoder-only `transformers` model (wrappers by PEFT or `torch.compile` are looked through).
     """
     root = unwrap(model)
-    if root not in _PROBES:
+    # modules may have been replaced since (quantised, patched)
+    if any(probe.module() is None for probe in _PROBES.get(root, {None: _NOTHING}).values()):
         _PROBES[root] = _probe(root)
     for module in _mask_modules(root):
         _hook_once(module, note_forward)
@@ -128,12 +130,12 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     """Runs a few fixed tokens through the model and finds out how each layer rotates its keys.
 
     Each attention module is called a second time with tables that rotate by nothing, which yields its own un-rotated
-    keys; the form that turns these into the first call's keys is the layer's form. No random number is drawn from the
-    global generators.
+    keys; the form that turns these into the first call's keys is the layer's form. No random number is drawn.
     """
     config = root.config.get_text_config(decoder=True)
     recorder, calls = _Recorder(config), {}
-    candidates = [m for m in root.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    modules = list(root.modules())
+    candidates = [m for m in modules if isinstance(getattr(m, "layer_idx", None), int)]
 
     def enter(module, args, kwargs):
         recorder.active.append(module)
@@ -145,46 +147,50 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in candidates]
     handles += [m.register_forward_hook(leave, with_kwargs=True) for m in candidates]
     embedding = root.get_input_embeddings().weight
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=root.device) % embedding.shape[0]
-    devices = [d for d in {p.device for p in root.parameters()} if d.type == "cuda"]
+    device = "cpu" if embedding.device.type == "meta" else embedding.device
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=device) % embedding.shape[0]
+    # a compiled forward would be compiled for the probe's length
+    forward = getattr(root.forward, "_torchdynamo_orig_callable", root.forward)
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            type(root).forward(root, input_ids=ids[None], past_key_values=recorder, use_cache=True)
-            # inside, because a module in training mode draws dropout
+        with torch.no_grad():
+            forward(input_ids=ids[None], past_key_values=recorder, use_cache=True)
             for handle in handles:
                 handle.remove()
-            return {
-                layer_idx: _probe_layer(module, calls[module], recorder, layer_idx, config)
+            found = {
+                layer_idx: _probe_layer(module, *calls[module], recorder.layers[layer_idx].keys, config)
                 for layer_idx, module in sorted(recorder.updated_by.items())
             }
+    except TypeError as error:
+        raise UnsupportedModelError(f"`model` must read `input_ids` with `past_key_values`: {error}.") from error
     finally:
         for handle in handles:
             handle.remove()
+        for module in training:
+            module.training = True
+    if not found:
+        raise UnsupportedModelError(f"`model` must store keys and values, but {type(root).__name__} stored none.")
+    return found
 
 
-def _probe_layer(module: nn.Module, call: tuple, recorder: _Recorder, layer_idx: int, config) -> LayerProbe:
-    args, kwargs = call
+def _probe_layer(module: nn.Module, args: tuple, kwargs: dict, rotated: torch.Tensor, config) -> LayerProbe:
+    """Compares `rotated` `[1, heads, tokens, head_dim]`, the keys of the call `(args, kwargs)`, with still ones."""
     tables = kwargs.get("position_embeddings")
-    rotated = recorder.layers[layer_idx].keys
-    held = weakref.ref(module)
-    if tables is None:
-        return LayerProbe(held, "opaque", None)
-    if not (isinstance(tables, tuple) and len(tables) == 2):
-        return LayerProbe(held, "opaque", None)
+    if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3):
+        return LayerProbe(weakref.ref(module), "opaque", None)
     cos, sin = tables
-    alone = DynamicCache(config=config)
-    kwargs = kwargs | {
-        "past_key_values": alone,
-        "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin)),
-    }
-    module(*args, **kwargs)
-    plain = alone.layers[layer_idx].keys
+    recorder = DynamicCache(config=config)
+    still = torch.ones_like(cos), torch.zeros_like(sin)
+    module(*args, **(kwargs | {"past_key_values": recorder, "position_embeddings": still}))
+    plain = recorder.layers[module.layer_idx].keys
     if torch.equal(plain, rotated):
-        return LayerProbe(held, "none", None)
+        return LayerProbe(weakref.ref(module), "none", None)
     for form in _forms(cos, rotated.shape[-1]):
         if _explains(form, plain, rotated, cos, sin):
-            return LayerProbe(held, "rope", form)
-    return LayerProbe(held, "opaque", None)
+            return LayerProbe(weakref.ref(module), "rope", form)
+    return LayerProbe(weakref.ref(module), "opaque", None)
 
 
 def _forms(cos: torch.Tensor, head_dim: int) -> list[RopeForm]:

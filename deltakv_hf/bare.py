@@ -54,3 +54,11 @@ class BareRope:
             positions = torch.arange(past, past + length, device=key_states.device)
             self._tables = (past, *self._embedding.to(key_states.device)(key_states, positions[None]))
         return self._tables[1:]
+
+    def forget(self) -> None:
+        """Drops the tables of the forward that has ended."""
+        self._tables = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Tensors held."""
+        return [*self._embedding.buffers(), *(self._tables or ())[1:]]

@@ -103,13 +103,19 @@ class DeltaKVCache(Cache):
         if isinstance(layer, DeltaKVLayer):
             check_length(self._longrope_switch, layer.columns, key_states.shape[2])
             if self._bare_rope is not None:
-                if key_states.shape[0] != 1:
-                    raise InvalidOptionError(
-                        "`model` must be the model itself for a batch: a bare config cannot see padding, got a batch "
-                        f"of {key_states.shape[0]}. Use `DeltaKVCache(model)`."
-                    )
-                layer.receive_tables(*self._bare_rope.tables(key_states, layer.columns))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+                self._derive_tables(layer, key_states)
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._bare_rope is not None and self._ledger.step is None:
+            self._bare_rope.forget()
+        return states
+
+    def _derive_tables(self, layer: DeltaKVLayer, key_states: torch.Tensor) -> None:
+        if key_states.shape[0] != 1:
+            raise InvalidOptionError(
+                "`model` must be the model itself for a batch: a bare config cannot see padding, got a batch of "
+                f"{key_states.shape[0]}. Use `DeltaKVCache(model)`."
+            )
+        layer.receive_tables(*self._bare_rope.tables(key_states, layer.columns))
 
     # -- what users and generate call -----------------------------------------------------------------------------
 
@@ -124,7 +130,8 @@ class DeltaKVCache(Cache):
 
     def memory_report(self) -> MemoryReport:
         """Bytes held, by part, beside those of a `DynamicCache`; prints as a table."""
-        return report(self.layers, self._ledger, self._registry)
+        extra = self._bare_rope.tensors() if self._bare_rope is not None else []
+        return report(self.layers, self._ledger, self._registry, extra)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest columns: `crop(-n)` removes n; only raw ones can go.
@@ -138,6 +145,10 @@ class DeltaKVCache(Cache):
                 f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-n)` removes n tokens."
             )
         self._ledger.check_whole()
+        # the host's layers first: they may refuse
+        for layer in self.layers:
+            if not isinstance(layer, DeltaKVLayer):
+                layer.crop(tokens_to_remove)
         if tokens_to_remove < 0 and self._ledger.columns:
             number = min(-tokens_to_remove, self._ledger.columns)
             lost = self._ledger.crop(number)
@@ -146,9 +157,6 @@ class DeltaKVCache(Cache):
                 layer.crop_to(self._ledger.columns, even)
             for tables in self._registry.tables:
                 tables.crop(self._ledger.columns)
-        for layer in self.layers:
-            if not isinstance(layer, DeltaKVLayer):
-                layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forgets everything; options and model stay."""

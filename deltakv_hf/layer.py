@@ -122,7 +122,7 @@ class DeltaKVLayer(CacheLayerMixin):
         if step.past == 0:
             view = key_states, value_states
         else:
-            view = self._lazy_view(state)
+            view = self._lazy_view(state, step.layout)
         self.state = state
         if step.after is not None:
             self._apply(step.after)
@@ -150,8 +150,7 @@ class DeltaKVLayer(CacheLayerMixin):
             self.tables = self._registry.find(self.form, cos)
         self.tables.extend(cos, sin, step.past)
 
-    def _lazy_view(self, state: LayerState):
-        layout = self.ledger.step.layout
+    def _lazy_view(self, state: LayerState, layout: Layout):
         raw = state.pending_keys, state.pending_values
         shapes = [(*part.shape[:2], self.columns, part.shape[-1]) for part in raw]
         return lazy_pair(lambda: self._decode(state, layout), *shapes, *raw)
@@ -198,9 +197,9 @@ class DeltaKVLayer(CacheLayerMixin):
         # copies: un-rotation works in place
         keys = keys.transpose(1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.form is not None:
-            columns = self.ledger.columns_of(group, start, stop)
+            first = self.ledger.config.num_sink_tokens
+            columns = group.columns(first + start, first + stop)
             if columns is None:
-                first = self.ledger.config.num_sink_tokens
                 cos, sin = self.tables.rows(rows, first + start, first + stop)
             else:
                 cos, sin = self.tables.gather(upload(columns, self.device), rows)
@@ -217,7 +216,8 @@ class DeltaKVLayer(CacheLayerMixin):
         batch, heads, num_sinks, head_dim = state.sink_keys.shape
         total = compressed + sum(part.shape[2] for part in raw_keys)
         # token by token, [K; V] side by side, as tokens are coded: they are decoded in place
-        dense = state.sink_keys.new_empty(batch, total, self.compressor.width)
+        dtype = torch.promote_types(state.sink_keys.dtype, state.sink_values.dtype)
+        dense = torch.empty(batch, total, self.compressor.width, dtype=dtype, device=self.device)
         self._decode_store(state.store, view, dense[:, num_sinks : num_sinks + compressed])
         keys, values = self._split(dense)
         for states, (sink, tail, pending) in ((keys, raw_keys), (values, raw_values)):
@@ -225,6 +225,7 @@ class DeltaKVLayer(CacheLayerMixin):
             states[:, :, :num_sinks] = sink
             states[:, :, behind : behind + tail.shape[2]] = tail
             states[:, :, behind + tail.shape[2] :] = pending
+        keys, values = keys.to(state.sink_keys.dtype), values.to(state.sink_values.dtype)
         if view is None:
             return keys, values
         first_pending = total - state.pending_keys.shape[2]

@@ -24,12 +24,20 @@ class FlushGroup:
     Attributes:
         rows: row numbers, or None for all rows.
         offset: first of these tokens among the tokens that the flush reads (see `Flush.source_idx`).
+        row_columns: column of each real token of these rows; None where token `i` stands in column `i`.
     """
 
     rows: list[int] | None
     offset: int
     start: int
     stop: int
+    row_columns: list[torch.Tensor] | None = None
+
+    def columns(self, start: int, stop: int) -> torch.Tensor | None:
+        """Columns `[rows, stop - start]` of tokens `start .. stop - 1`, sinks counted; None where they are the same."""
+        if self.row_columns is None:
+            return None
+        return torch.stack([columns[start:stop] for columns in self.row_columns])
 
 
 @dataclass
@@ -130,6 +138,7 @@ class TokenLedger:
         tail_lengths, tail_width: real tokens in each row's tail, and the width of the tail tensors.
         row_columns: column of each real token by row (CPU int64), or None while no padding was seen.
         layout: where tokens stand now.
+        step: the running forward, until it has reached every layer.
         num_layers, num_arrived: layers that share the ledger, and those that the running forward has reached.
     """
 
@@ -166,17 +175,20 @@ class TokenLedger:
         Returns:
             What every layer does in this forward.
         """
-        if self.step is None or (columns == self.columns and self.num_arrived == self.num_layers):
-            self._begin(batch_size, query_length, self._noted.pop() if self._noted else None)
+        if self.step is None:
+            self.step = self._begin(batch_size, query_length, self._noted.pop() if self._noted else None)
             self.num_arrived = 0
-        if columns != self.step.past or query_length != self.step.query_length:
+        step = self.step
+        if columns != step.past or query_length != step.query_length:
             raise CacheStateError(
                 f"a layer holds {columns} columns and got {query_length} new ones, but the running forward adds "
-                f"{self.step.query_length} to {self.step.past} in every layer: an earlier forward was broken off, or "
+                f"{step.query_length} to {step.past} in every layer: an earlier forward was broken off, or "
                 "two forwards share the cache. Call `cache.reset()` and feed the tokens again."
             )
         self.num_arrived += 1
-        return self.step
+        if self.num_arrived == self.num_layers:
+            self.step = None
+        return step
 
     def tensors(self) -> list[torch.Tensor]:
         """Tensors held for bookkeeping, on any device."""
@@ -188,13 +200,13 @@ class TokenLedger:
 
     def check_whole(self) -> None:
         """Raises if the last forward did not reach every layer."""
-        if self.step is not None and self.num_arrived != self.num_layers:
+        if self.step is not None:
             raise CacheStateError(
                 f"the last forward must have reached all {self.num_layers} layers, but it stopped after "
                 f"{self.num_arrived}. Call `cache.reset()` and feed the tokens again."
             )
 
-    def _begin(self, batch_size: int, query_length: int, attention_mask: object) -> None:
+    def _begin(self, batch_size: int, query_length: int, attention_mask: object) -> Step:
         if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.ndim == 2):
             raise CacheStateError(
                 "`attention_mask` must be a 2-D tensor [batch, tokens] or None, so that the cache can see the padding, "
@@ -226,7 +238,7 @@ class TokenLedger:
         if query_length > self.config.block_size:
             self.settle()
             after = self.make_flush(merge=True)
-        self.step = Step(past, query_length, before, layout, after)
+        return Step(past, query_length, before, layout, after)
 
     def settle(self) -> None:
         """Counts the columns of the last call, whose mask may have been on its way to the host until now."""
@@ -306,15 +318,11 @@ class TokenLedger:
             tails.append(source[drop:])
         self.tail_lengths = [len(tail) for tail in tails]
         self.tail_width = max(self.tail_lengths)
-        members = [FlushGroup(rows, self._first_offset(a), a, b) for (a, b), rows in groups.items()]
+        members = [
+            FlushGroup(rows, self._first_offset(start), start, stop, [self.row_columns[row] for row in rows])
+            for (start, stop), rows in groups.items()
+        ]
         return Flush(self.num_flushes + 1, _stack(sources), members, _stack(tails))
-
-    def columns_of(self, group: FlushGroup, start: int, stop: int) -> torch.Tensor | None:
-        """Columns `[rows, stop - start]` of compressed tokens of a group; None: they are `num_sink_tokens + index`."""
-        if self.row_columns is None:
-            return None
-        sinks = self.config.num_sink_tokens
-        return torch.stack([self.row_columns[row][sinks + start : sinks + stop] for row in group.rows])
 
     def select_rows(self, rows: list[int] | None, batch_size: int) -> None:
         """The batch becomes `rows` of the old one, in that order; None where all rows are alike."""
@@ -350,7 +358,6 @@ class TokenLedger:
             self.tail_width -= lost[0] if lost else 0
         self.columns = self._settled = keep
         self.merged = min(self.merged, keep)
-        self.step = None
         self._relayout()
         return lost
 

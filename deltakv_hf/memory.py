@@ -69,8 +69,8 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def report(layers: list, ledger, registry) -> MemoryReport:
-    """Counts a cache's layers, the RoPE tables of `registry` and the index tensors of `ledger`."""
+def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryReport:
+    """Counts a cache's layers, the RoPE tables of `registry`, the index tensors of `ledger` and `extra` tensors."""
     parts = dict.fromkeys(PARTS, 0)
     dense, compressed = 0, 0
     for layer in layers:
@@ -91,7 +91,7 @@ def report(layers: list, ledger, registry) -> MemoryReport:
                 dense += ledger.batch_size * raw.shape[1] * layer.columns * raw.shape[3] * raw.element_size()
             compressed = sum(ledger.compressed)
     parts["RoPE tables"] = held_bytes(t for tables in registry.tables for t in (tables.cos, tables.sin))
-    parts["bookkeeping"] = held_bytes(ledger.tensors())
+    parts["bookkeeping"] = held_bytes(ledger.tensors() + extra)
     return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed)
 
 

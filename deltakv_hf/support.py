@@ -49,6 +49,6 @@ def check_length(switch: int | None, past: int, query_length: int) -> None:
     if switch is not None and past <= switch <= total and (past or total == switch):
         raise CacheStateError(
             f"the sequence must stay below {switch} tokens (`original_max_position_embeddings`) or start beyond it, "
-            f"got {past} held and {query_length} new: this longrope model changes its frequencies there and its cache is "
-            "dropped by the host. Feed the longer text as one prompt."
+            f"got {past} held and {query_length} new: this longrope model changes its frequencies there and its "
+            "cache is dropped by the host. Feed the longer text as one prompt."
         )

@@ -29,6 +29,12 @@ def nearest_references(
     Returns:
         `[batch, num_tokens, top_k]` int64, nearest first; among equals the earlier reference wins.
     """
+    # autocast would round the integer sums to 16 bits
+    with torch.autocast(tokens.device.type, enabled=False):
+        return _search(tokens, references, num_visible, top_k)
+
+
+def _search(tokens, references, num_visible, top_k):
     batch, num_tokens, width = tokens.shape
     num_references = references.shape[1]
     levels = min(127, math.isqrt(2**24 // width))
@@ -38,7 +44,7 @@ def nearest_references(
     for start in range(0, num_tokens, TOKEN_TILE):
         codes, scale = _round_rows(tokens[:, start : start + TOKEN_TILE], levels)
         visible = num_visible[:, start : start + TOKEN_TILE, None]
-        best = torch.full((*codes.shape[:2], top_k), torch.inf, device=tokens.device)
+        best = tokens.new_full((*codes.shape[:2], top_k), torch.inf)
         best_idx = torch.zeros(best.shape, dtype=torch.int64, device=tokens.device)
         for first in range(0, num_references, REFERENCE_TILE):
             tile = slice(first, first + REFERENCE_TILE)

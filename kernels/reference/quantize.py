@@ -71,5 +71,5 @@ def unpack(packed: torch.Tensor, nbits: int) -> list[torch.Tensor]:
 def take(scratch: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The beginning of 1-D `scratch` seen as `shape`, or new memory."""
     if scratch is None:
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
     return scratch[: math.prod(shape)].view(shape)
