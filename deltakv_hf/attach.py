@@ -170,6 +170,10 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
             handle.remove()
         for module in training:
             module.training = True
+    if not all(getattr(recorder.updated_by[layer_idx], "is_causal", True) for layer_idx in found):
+        raise UnsupportedModelError(
+            f"`model` must be causal, got {type(root).__name__}, which reads in both directions."
+        )
     if not found:
         raise UnsupportedModelError(f"`model` must store keys and values, but {type(root).__name__} stored none.")
     return found
@@ -180,9 +184,10 @@ def _probe_layer(module: nn.Module, args: tuple, kwargs: dict, rotated: torch.Te
     tables = kwargs.get("position_embeddings")
     if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3):
         return LayerProbe(weakref.ref(module), "opaque", None)
-    cos, sin = tables
+    # a sliding layer keeps its newest keys only
+    cos, sin = (table[:, table.shape[1] - rotated.shape[2] :] for table in tables)
     recorder = DynamicCache(config=config)
-    still = torch.ones_like(cos), torch.zeros_like(sin)
+    still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
     module(*args, **(kwargs | {"past_key_values": recorder, "position_embeddings": still}))
     plain = recorder.layers[module.layer_idx].keys
     if torch.equal(plain, rotated):

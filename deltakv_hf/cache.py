@@ -16,6 +16,7 @@ from .config import DeltaKVConfig
 from .errors import CacheStateError, InvalidOptionError, UnsupportedModelError
 from .hf_compat import Cache, DynamicCache, DynamicLayer
 from .layer import DeltaKVLayer
+from .lazy import LazyStates
 from .ledger import TokenLedger
 from .memory import MemoryReport, report
 from .rope import RopeRegistry
@@ -82,10 +83,16 @@ class DeltaKVCache(Cache):
 
     def note_forward(self, module: nn.Module, attention_mask: object) -> None:
         """Called by the hook on the model before a forward with this cache."""
-        self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
+        for layer_idx, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicLayer) and layer.is_initialized and self.own_layers:
+                self._ledger.check_length(layer_idx, layer.get_seq_length())
+        if self.own_layers:
+            self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
         """Called by the hook on attention modules; `tables` are the module's `position_embeddings`."""
+        if self._bare_rope is not None:
+            return
         layer_idx = module.layer_idx
         probe = self._probes.get(layer_idx)
         if probe is None or probe.module() is not module:
@@ -94,8 +101,8 @@ class DeltaKVCache(Cache):
                 "one that it knows. Make a cache for each model with `DeltaKVCache(model)`."
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, DeltaKVLayer) and layer.form is not None and tables is not None:
-            layer.receive_tables(*tables)
+        if isinstance(layer, DeltaKVLayer):
+            layer.receive_tables(*(tables if layer.form is not None and tables is not None else ()))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Stores `[batch, num_key_value_heads, q, head_dim]` new tokens of a layer; see `DeltaKVLayer.update`."""
@@ -105,15 +112,18 @@ class DeltaKVCache(Cache):
             if self._bare_rope is not None:
                 self._derive_tables(layer, key_states)
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.model_config._attn_implementation == "flex_attention":
+            # flex attention is compiled: what decodes must run before its trace begins
+            states = tuple(s.materialize() if isinstance(s, LazyStates) else s for s in states)
         if self._bare_rope is not None and self._ledger.step is None:
             self._bare_rope.forget()
         return states
 
     def _derive_tables(self, layer: DeltaKVLayer, key_states: torch.Tensor) -> None:
-        if key_states.shape[0] != 1:
+        if key_states.shape[0] != 1 or self._ledger.row_columns is not None:
             raise InvalidOptionError(
-                "`model` must be the model itself for a batch: a bare config cannot see padding, got a batch of "
-                f"{key_states.shape[0]}. Use `DeltaKVCache(model)`."
+                "`model` must be the model itself for a batch or padding: a bare config cannot see positions, got a "
+                f"batch of {key_states.shape[0]}. Use `DeltaKVCache(model)`."
             )
         layer.receive_tables(*self._bare_rope.tables(key_states, layer.columns))
 
@@ -190,6 +200,7 @@ class DeltaKVCache(Cache):
         ledger.check_whole()
         if ledger.batch_size == 0:
             return
+        ledger.settle()
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
         # equal rows need no host copy of the indices, so beam search on an unpadded batch never waits

@@ -18,8 +18,8 @@ from .lazy import lazy_pair
 from .ledger import Flush, FlushGroup, Layout, Step, TokenLedger, View
 from .rope import RopeForm, RopeTables
 
-# working memory of a decode; a tile of tokens is what fits
-SCRATCH_BYTES = 2**24
+# working memory of a decode; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
+SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class DeltaKVLayer(CacheLayerMixin):
         self.columns = 0
         self._make_compressor = make_compressor
         self._registry = registry
-        self._handed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._handed: tuple[torch.Tensor, ...] | None = None
         self._num_flushes = 0
 
     # -- what a forward does -------------------------------------------------------------------------------------
 
-    def receive_tables(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Takes the RoPE tables of the coming `update`, `[1 or batch, q, width]` each."""
-        self._handed = (cos, sin)
+    def receive_tables(self, *tables: torch.Tensor) -> None:
+        """Announces an `update` and takes its RoPE tables cos, sin `[1 or batch, q, width]`, if the layer rotates."""
+        self._handed = tables
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the empty state with the heads, dtype and device of the first tokens."""
@@ -133,13 +133,13 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def _take_tables(self, step: Step) -> None:
         handed, self._handed = self._handed, None
-        if self.form is None:
-            return
-        if handed is None:
+        if handed is None or (self.form is not None and len(handed) != 2):
             raise CacheStateError(
                 f"layer {self.layer_idx} must be handed the RoPE tables of every forward before `update`, got none: "
                 "the cache is used with a model that it was not made for. Make it with `DeltaKVCache(model)`."
             )
+        if self.form is None:
+            return
         cos, sin = handed
         if cos.ndim != 3 or cos.shape[1] != step.query_length or cos.shape[0] not in (1, self.ledger.batch_size):
             raise CacheStateError(
@@ -213,19 +213,16 @@ class DeltaKVLayer(CacheLayerMixin):
         compressed, view = layout.compressed, layout.view(self.device)
         raw_keys = state.sink_keys, state.tail_keys, state.pending_keys
         raw_values = state.sink_values, state.tail_values, state.pending_values
-        batch, heads, num_sinks, head_dim = state.sink_keys.shape
+        batch, num_sinks = state.sink_keys.shape[0], state.sink_keys.shape[2]
         total = compressed + sum(part.shape[2] for part in raw_keys)
-        # token by token, [K; V] side by side, as tokens are coded: they are decoded in place
-        dtype = torch.promote_types(state.sink_keys.dtype, state.sink_values.dtype)
-        dense = torch.empty(batch, total, self.compressor.width, dtype=dtype, device=self.device)
-        self._decode_store(state.store, view, dense[:, num_sinks : num_sinks + compressed])
-        keys, values = self._split(dense)
-        for states, (sink, tail, pending) in ((keys, raw_keys), (values, raw_values)):
-            behind = num_sinks + compressed
+        dense = [part.new_empty(*part.shape[:2], total, part.shape[3]) for part in (raw_keys[0], raw_values[0])]
+        behind = num_sinks + compressed
+        self._decode_store(state.store, view, *(states[:, :, num_sinks:behind] for states in dense))
+        for states, (sink, tail, pending) in zip(dense, (raw_keys, raw_values), strict=True):
             states[:, :, :num_sinks] = sink
             states[:, :, behind : behind + tail.shape[2]] = tail
             states[:, :, behind + tail.shape[2] :] = pending
-        keys, values = keys.to(state.sink_keys.dtype), values.to(state.sink_values.dtype)
+        keys, values = dense
         if view is None:
             return keys, values
         first_pending = total - state.pending_keys.shape[2]
@@ -233,40 +230,35 @@ class DeltaKVLayer(CacheLayerMixin):
         slots = torch.cat([view.slots, pending], dim=1)
         return _gather(keys, slots), _gather(values, slots)
 
-    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views `[batch, heads, n, head_dim]` of keys and values in `x` `[batch, n, width]`."""
-        heads, head_dim = self.state.sink_keys.shape[1], self.state.sink_keys.shape[3]
-        keys, values = x.split([heads * head_dim, x.shape[-1] - heads * head_dim], dim=-1)
-        return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (keys, values))
-
-    def _decode_store(self, store: DirectStore, view: View | None, dense: torch.Tensor) -> None:
-        """Decodes all packed tokens of `store` into `dense` `[batch, n, width]`, keys rotated."""
-        count = dense.shape[1]
+    def _decode_store(self, store: DirectStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Decodes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
+        batch, heads, count, head_dim = keys.shape
         if count == 0:
             return
-        references = self.compressor.references(store)
-        stride = self.compressor.lattice.stride
-        in_place = dense.dtype == torch.float32
-        num_parts = 2 if in_place else 3
-        tile = SCRATCH_BYTES // (num_parts * dense.shape[0] * dense.shape[2] * 4)
-        tile = max(1, tile // stride) * stride
+        compressor = self.compressor
+        group_size, width = compressor.group_size, compressor.width
+        references = compressor.references(store)
+        stride = compressor.lattice.stride
+        budget = SCRATCH_BYTES.get(keys.device.type, SCRATCH_BYTES["cuda"])
+        tile = max(1, budget // (3 * batch * width * 4) // stride) * stride
         # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
-        size = dense.shape[0] * min(tile, count) * dense.shape[2]
-        scratch = torch.empty(num_parts, size, dtype=torch.float32, device=dense.device)
+        size = batch * min(tile, count) * width
+        scratch = torch.empty(3, size, dtype=torch.float32, device=keys.device)
         first_column = self.ledger.config.num_sink_tokens
         for start in range(0, count, tile):
             stop = min(start + tile, count)
-            place = dense[:, start:stop]
-            tokens = place if in_place else scratch[2, : place.numel()].view(place.shape)
-            self.compressor.decode(store, references, start, stop, tokens, scratch[:2])
+            tokens = scratch[2, : batch * (stop - start) * width].view(batch, stop - start, -1, group_size)
+            compressor.decode(store, references, start, stop, tokens, scratch[:2])
+            x_keys, x_values = tokens.flatten(2).split([heads * head_dim, width - heads * head_dim], dim=-1)
+            x_keys, x_values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (x_keys, x_values))
             if self.form is not None:
                 if view is None:
                     cos, sin = self.tables.rows(slice(None), first_column + start, first_column + stop)
                 else:
                     cos, sin = self.tables.gather(view.compressed_columns[:, start:stop])
-                self.form.apply(self._split(tokens)[0], cos.unsqueeze(1), sin.unsqueeze(1))
-            if not in_place:
-                place.copy_(tokens)
+                self.form.apply(x_keys, cos.unsqueeze(1), sin.unsqueeze(1))
+            keys[:, :, start:stop] = x_keys
+            values[:, :, start:stop] = x_values
 
     # -- what else the host asks of a layer ----------------------------------------------------------------------
 

@@ -108,8 +108,9 @@ class Layout:
         return View(upload(slots, device), upload(_stack(places), device))
 
     def tensors(self) -> list[torch.Tensor]:
-        """Index tensors held on devices."""
-        return [t for view in self._views.values() for t in (view.slots, view.compressed_columns)]
+        """Index tensors held."""
+        views = [t for view in self._views.values() for t in (view.slots, view.compressed_columns)]
+        return views + (self._row_columns or [])
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,14 @@ class TokenLedger:
             self.step = None
         return step
 
+    def check_length(self, layer_idx: int, length: int) -> None:
+        """Raises if a layer of the host holds another number of columns than ours."""
+        if length != self.columns:
+            raise CacheStateError(
+                f"every layer must hold the same {self.columns} columns, but layer {layer_idx} holds {length}: a "
+                "forward was broken off. Call `cache.reset()` and feed the tokens again."
+            )
+
     def tensors(self) -> list[torch.Tensor]:
         """Tensors held for bookkeeping, on any device."""
         return (self.row_columns or []) + (self.layout.tensors() if self.layout else [])
@@ -212,28 +221,30 @@ class TokenLedger:
                 "`attention_mask` must be a 2-D tensor [batch, tokens] or None, so that the cache can see the padding, "
                 f"got {_describe(attention_mask)}."
             )
-        if self.batch_size == 0:
-            self.batch_size = batch_size
-            self.seen, self.compressed, self.tail_lengths = ([0] * batch_size for _ in range(3))
-            self._relayout()
-        elif batch_size != self.batch_size:
+        past = self.columns
+        if self.batch_size not in (0, batch_size):
             raise CacheStateError(
                 f"the batch of `key_states` must be {self.batch_size}, the batch of the tokens already held, got "
                 f"{batch_size}: widen the cache with `batch_repeat_interleave` or start with `reset()`."
             )
-        past = self.columns
         if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, past + query_length):
             raise CacheStateError(
                 f"`attention_mask` must have shape {(batch_size, past + query_length)}: one column for each of the "
                 f"{past} tokens held and {query_length} new, got {tuple(attention_mask.shape)}. Pass the mask of the "
                 "whole sequence."
             )
+        if self.batch_size == 0:
+            self.batch_size = batch_size
+            self.seen, self.compressed, self.tail_lengths = ([0] * batch_size for _ in range(3))
+            self._relayout()
         self.settle()
         before = self.make_flush()
         layout = self.layout
         self.columns += query_length
         if attention_mask is not None:
             self._arriving = HostCopy(attention_mask != 0)
+            if attention_mask.device.type == "cpu":
+                self.settle()
         after = None
         if query_length > self.config.block_size:
             self.settle()
@@ -242,10 +253,13 @@ class TokenLedger:
 
     def settle(self) -> None:
         """Counts the columns of the last call, whose mask may have been on its way to the host until now."""
-        mask, self._arriving = self._arriving, None
         new = self.columns - self._settled
-        if mask is not None:
-            self._count_masked(mask.get()[:, : self.columns])
+        if new == 0:
+            return
+        if self._arriving is not None:
+            # a mask that is refused stays, so that every later call is refused too
+            self._count_masked(self._arriving.get()[:, : self.columns])
+            self._arriving = None
         elif self.row_columns is not None:
             fresh = torch.arange(self._settled, self.columns)
             self.row_columns = [torch.cat([c, fresh]) for c in self.row_columns]

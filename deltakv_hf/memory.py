@@ -71,6 +71,7 @@ class MemoryReport:
 
 def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryReport:
     """Counts a cache's layers, the RoPE tables of `registry`, the index tensors of `ledger` and `extra` tensors."""
+    ledger.settle()
     parts = dict.fromkeys(PARTS, 0)
     dense, compressed = 0, 0
     for layer in layers:

@@ -17,6 +17,7 @@ import torch
 from .. import dispatch
 from ..config import DeltaKVConfig
 from ..errors import CacheStateError, InvalidOptionError
+from ..hf_compat import upload
 from ..references import Lattice
 
 # tokens coded at once: bounds the float32 copies of a long prefill
@@ -126,7 +127,8 @@ class DirectCompressor:
                 f"{lattice.count(stop)} for {stop} compressed tokens: raise `reference_stride` or `reference_growth`."
             )
         num_references, num_residuals = lattice.count(start), start - lattice.count(start)
-        picked = slice(None) if rows is None else rows
+        # a list as an index would make the host wait for the device
+        picked = slice(None) if rows is None else upload(torch.tensor(rows), store.reference_codes.device)
         held = store.reference_codes[picked, :num_references], store.reference_levels[picked, :num_references]
         references = dispatch.dequantize(*held, config.reference_nbits)
         parts = []
@@ -161,25 +163,26 @@ class DirectCompressor:
         out: torch.Tensor,
         scratch: torch.Tensor | None = None,
     ) -> None:
-        """Writes compressed tokens `start .. stop - 1` of every row to `out` `[batch, stop - start, width]` float32.
+        """Writes compressed tokens `start .. stop - 1` of every row to `out`.
 
         Args:
             references: what `self.references(store)` gave.
+            out: `[batch, stop - start, (groups), group_size]` float32; `(groups)` may be several axes, any strides.
             scratch: `[2, at least the numbers of out]` float32 to work in.
         """
         first, last = self.lattice.count(start), self.lattice.count(stop)
         piece = slice(start - first, stop - last)
         residual = store.residual_codes[:, piece], store.residual_levels[:, piece], store.reference_idx[:, piece]
-        stride = self.lattice.stride
+        kept = references[:, first:last].unflatten(-1, out.shape[2:])
+        stride, nbits = self.lattice.stride, self.config.nbits
         if stride > 1 and self.lattice.is_regular(start, stop):
             # decoded in place between the references
             strides = out.unflatten(1, (-1, stride))
-            strides[:, :, 0] = references[:, first:last]
+            strides[:, :, 0] = kept
             residual = [part.unflatten(1, (-1, stride - 1)) for part in residual]
-            dispatch.reconstruct(*residual, references, self.config.nbits, strides[:, :, 1:], scratch)
+            dispatch.reconstruct(*residual, references, nbits, strides[:, :, 1:], scratch)
         else:
             span = self.lattice.span(start, stop, out.device)
-            out[:, span.reference_offsets] = references[:, first:last]
-            out[:, span.residual_offsets] = dispatch.reconstruct(
-                *residual, references, self.config.nbits, None, scratch
-            )
+            out[:, span.reference_offsets] = kept
+            tokens = dispatch.reconstruct(*residual, references, nbits, None, scratch)
+            out[:, span.residual_offsets] = tokens.view(*tokens.shape[:2], *out.shape[2:])

@@ -58,6 +58,12 @@ class Fidelity:
         """Relative change of the mean negative log likelihood."""
         return self.mean("nll") / self.mean("full_nll") - 1
 
+    def summary(self) -> dict[str, float]:
+        """Means and standard errors by name, for JSON."""
+        names = [field.name for field in fields(WindowFidelity)]
+        means = {name: self.mean(name) for name in names}
+        return means | {f"{name}_se": self.standard_error(name) for name in names} | {"nll_change": self.nll_change}
+
     def __str__(self) -> str:
         names = [field.name for field in fields(WindowFidelity)]
         lines = [f"{name:<14}{self.mean(name):10.5f} ± {self.standard_error(name):.5f}" for name in names]

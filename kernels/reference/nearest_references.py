@@ -52,7 +52,8 @@ def _search(tokens, references, num_visible, top_k):
             # |x - r|^2 without |x|^2, which is the same for every reference of a token
             distance = square[:, None, tile] - (dot * scale[..., None]) * (2 * reference_scale[:, None, tile])
             idx = torch.arange(first, first + distance.shape[-1], device=tokens.device)
-            distance = torch.where(idx < visible, distance, torch.inf)
+            # a reference that is not finite is nobody's nearest
+            distance = torch.where((idx < visible) & ~distance.isnan(), distance, torch.inf)
             best, best_idx = _merge(best, best_idx, distance, idx.expand_as(distance), top_k)
         # fewer visible than wanted: repeat the nearest
         best_idx = torch.where(best.isfinite(), best_idx, best_idx[..., :1])
@@ -61,7 +62,7 @@ def _search(tokens, references, num_visible, top_k):
 
 
 def _round_rows(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = x.abs().amax(-1) / levels
+    scale = x.abs().amax(-1) * (1 / levels)
     codes = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).round_()
     return codes, scale
 

@@ -22,13 +22,15 @@ def quantize(x: torch.Tensor, nbits: int, group_size: int) -> tuple[torch.Tensor
 
     Returns:
         codes `[..., width * nbits // 8]` uint8, and scale and minimum of each group side by side,
-        `[..., width // group_size, 2]` float16. A group that is not finite reads back as NaN.
+        `[..., width // group_size, 2]` float16. A group that is not finite, or beyond float16,
+        reads back as NaN: to be seen rather than to be wrong by little.
     """
     groups = x.unflatten(-1, (-1, group_size))
     low, high = groups.amin(-1), groups.amax(-1)
-    limit = torch.finfo(torch.float16).max
-    scale = ((high - low) / (2**nbits - 1)).clamp(max=limit)
-    levels = torch.stack([torch.where(scale.isfinite(), scale, torch.nan), low.clamp(-limit, limit)], dim=-1).half()
+    # times a constant: GPUs divide by a scalar that way, and all devices must agree
+    scale = (high - low) * (1 / (2**nbits - 1))
+    levels = torch.stack([scale, low], dim=-1).half()
+    levels = torch.where(levels.isfinite().all(-1, keepdim=True), levels, torch.nan)
     # codes are chosen for the rounded levels, which are all that a reader has
     step, bottom = levels.float().unsqueeze(-1).unbind(-2)
     codes = torch.where(step > 0, (groups - bottom) / step, 0.0).round_().clamp_(0, 2**nbits - 1)

@@ -27,7 +27,7 @@ def predict(references: torch.Tensor, reference_idx: torch.Tensor, scratch: torc
     # summed one after the other: the order, and so every bit, is the same for any shape
     for k in range(1, idx.shape[-1]):
         total += torch.nn.functional.embedding(idx[..., k], rows)
-    return total if idx.shape[-1] == 1 else total.div_(idx.shape[-1])
+    return total if idx.shape[-1] == 1 else total.mul_(1 / idx.shape[-1])
 
 
 def reconstruct(
@@ -47,20 +47,19 @@ def reconstruct(
         reference_idx: `[batch, ..., top_k]` int16 holding unsigned 16-bit numbers.
         references: `[batch, num_references, width]` float32, decoded.
         nbits: bits per residual number.
-        out: `[batch, ..., width]` float32 to write to.
+        out: `[batch, ..., (groups), group_size]` float32 to write to; `(groups)` may be several axes, with any strides.
         scratch: `[2, at least the numbers of out]` float32 to work in; fresh memory costs a CPU more than this.
 
     Returns:
-        `out`, or a new tensor like it.
+        `out`, or `[batch, ..., groups, group_size]` float32.
     """
     first, second = (None, None) if scratch is None else scratch
     numbers = unpack_float(residual_codes, nbits, first)
     predicted = predict(references, reference_idx, second)
-    scale, low = residual_levels.float().unsqueeze(-1).unbind(-2)
+    scale, low = residual_levels.float().unbind(-1)
     if out is None:
-        out = torch.empty_like(predicted)
+        out = torch.empty_like(predicted).unflatten(-1, (scale.shape[-1], -1))
     # few passes over memory: this is most of a decode step on a CPU
-    num_groups = residual_levels.shape[-2]
-    numbers, predicted, groups = (x.unflatten(-1, (num_groups, -1)) for x in (numbers, predicted, out))
-    torch.addcmul(predicted, numbers, scale, out=groups).add_(low)
+    scale, low = (x.reshape(*out.shape[:-1], 1) for x in (scale, low))
+    torch.addcmul(predicted.view(out.shape), numbers.view(out.shape), scale, out=out).add_(low)
     return out

@@ -1,0 +1,150 @@
+"""Time and memory of a cache: prefill, peak, bytes held and the decode step, beside `DynamicCache`.
+
+`python -m deltakv_hf.evaluation.steps --model demo --context 4096 --out FILE.json` runs it; `--shape 8b` measures the
+layer shape of Llama-3.1-8B with random weights instead of a real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
+
+from .. import DeltaKVCache, __version__
+from ..files import write_atomically
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def measure_steps(
+    model: PreTrainedModel, ids: torch.Tensor, make_caches: dict[str, Callable[[], Cache]], num_steps: int = 24
+) -> dict[str, dict[str, float]]:
+    """Prefills `ids` with each cache, then decodes with all of them in turn, so that noise hits each alike.
+
+    Args:
+        model: a causal language model.
+        ids: prompt `[n]` int64.
+        make_caches: function that makes an empty cache, by name.
+        num_steps: decode steps per cache; the first four are not counted.
+
+    Returns:
+        by name: `prefill_s`, `step_ms` (median), `step_ms_min`, and on CUDA the bytes `held_bytes` (allocator, after
+        the prefill) and `peak_bytes` (most during the prefill), both beyond the model; caches with a report add
+        `stored_bytes` and `dense_bytes`.
+    """
+    device, results, caches = model.device, {}, {}
+    ids = ids.to(device)[None]
+    token = ids[:, -1:]
+    for name, make_cache in make_caches.items():
+        cuda = device.type == "cuda"
+        cache = make_cache()
+        if cuda:
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        _synchronize(device)
+        start = time.perf_counter()
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        _synchronize(device)
+        results[name] = {"prefill_s": time.perf_counter() - start}
+        if cuda:
+            results[name]["held_bytes"] = torch.cuda.memory_allocated(device) - before
+            results[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+        if hasattr(cache, "memory_report"):
+            report = cache.memory_report()
+            results[name] |= {"stored_bytes": report.stored_bytes, "dense_bytes": report.dense_bytes}
+        caches[name] = cache
+    times = {name: [] for name in caches}
+    for _ in range(num_steps):
+        for name, cache in caches.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            _synchronize(device)
+            times[name].append(1000 * (time.perf_counter() - start))
+    for name, values in times.items():
+        results[name] |= {"step_ms": statistics.median(values[4:]), "step_ms_min": min(values[4:])}
+    return results
+
+
+def environment(model: PreTrainedModel) -> dict[str, str]:
+    """Device, dtype and versions that a figure must carry."""
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = {package: version(package) for package in ("torch", "transformers")} | {"deltakv-hf": __version__}
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def shape_model(shape: str, num_layers: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights and the layer shape of a known one (`8b`: Llama-3.1-8B)."""
+    if shape != "8b":
+        raise SystemExit(f"`--shape` must be 8b, got {shape!r}.")
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo", help="`demo`, a model id or a folder")
+    parser.add_argument("--shape", help="random weights of this shape instead: 8b")
+    parser.add_argument("--layers", type=int, default=32, help="layers with --shape")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of the prompt")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.shape:
+        model = shape_model(args.shape, args.layers, device, dtype)
+    else:
+        from .model import load_demo_model, load_model
+
+        load = load_demo_model if args.model == "demo" else lambda **options: load_model(args.model, **options)
+        model = load(dtype=dtype, device=device)[0]
+    # the cost of a step does not depend on which tokens are read
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, model.config.vocab_size, (args.context,), generator=generator)
+    caches = {"DynamicCache": lambda: DynamicCache(config=model.config), "DeltaKVCache": lambda: DeltaKVCache(model)}
+    result = {
+        "command": "python -m deltakv_hf.evaluation.steps " + " ".join(sys.argv[1:]),
+        "environment": environment(model),
+        "context": args.context,
+        "caches": measure_steps(model, ids, caches),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        write_atomically(args.out, text.encode())
+
+
+if __name__ == "__main__":
+    main()

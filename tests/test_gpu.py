@@ -1,0 +1,100 @@
+"""What only a GPU can show: memory as the allocator sees it, and a host that never waits."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from deltakv_hf import DeltaKVCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the CUDA allocator and the CUDA sync checker"),
+]
+
+HEADS, HEAD_DIM, LAYERS = 8, 128, 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        vocab_size=1000,
+        max_position_embeddings=65536,
+    )
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("num_tokens", [4096, 20000], ids=["4k", "20k"])
+def test_prefill_holds_finished_layers_and_two_dense_layers(model, num_tokens):
+    cache = DeltaKVCache(model)
+    rope = model.model.rotary_emb
+    positions = torch.arange(num_tokens, device="cuda")[None]
+    tables = rope(torch.zeros(1, 1, dtype=torch.bfloat16, device="cuda"), positions)
+    dense_layer = 2 * num_tokens * HEADS * HEAD_DIM * 2
+    torch.cuda.synchronize()
+    baseline = torch.cuda.memory_allocated()
+    for layer_idx in range(LAYERS):
+        finished = torch.cuda.memory_allocated() - baseline
+        torch.cuda.reset_peak_memory_stats()
+        keys = torch.randn(1, HEADS, num_tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        values = torch.randn_like(keys)
+        cache.layers[layer_idx].receive_tables(*tables)
+        cache.update(keys, values, layer_idx)
+        del keys, values
+        peak = torch.cuda.max_memory_allocated() - baseline
+        assert peak <= finished + 2 * dense_layer + 64 * 2**20
+    held = torch.cuda.memory_allocated() - baseline
+    assert held <= 1.02 * cache.memory_report().stored_bytes + 2**20
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@torch.no_grad()
+def test_decode_steps_never_wait_for_the_device(model, padded):
+    cache = DeltaKVCache(model, recent_window=8, block_size=4)
+    ids = torch.randint(1, 1000, (2, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    mask = mask if padded else None
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    torch.cuda.synchronize()
+    # the model's own mask code may wait, so the layers are driven alone
+    keys = torch.randn(2, HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    steps = [torch.cat([mask, mask.new_ones(2, n + 1)], dim=1) if padded else None for n in range(12)]
+    tables = [tuple(torch.rand(2, 1, HEAD_DIM, device="cuda") for _ in range(2)) for _ in steps]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step_mask, step_tables in zip(steps, tables, strict=True):
+            cache._ledger.note_mask(step_mask, outermost=True)
+            for layer_idx in range(LAYERS):
+                cache.layers[layer_idx].receive_tables(*step_tables)
+                dense, _ = cache.update(keys, keys, layer_idx)
+                dense.materialize()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.get_seq_length() == 312
+
+
+def test_stored_bytes_are_those_of_the_cpu(model):
+    """The search is exact in integers, so the same K and V give the same bytes on every device."""
+    num_tokens = 700
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, HEADS, num_tokens, HEAD_DIM, generator=generator).bfloat16() for _ in range(2))
+    angles = torch.rand(1, num_tokens, HEAD_DIM // 2, generator=generator)
+    tables = tuple(torch.cat([f(angles)] * 2, dim=-1).bfloat16() for f in (torch.cos, torch.sin))
+    states = []
+    for device in ("cpu", "cuda"):
+        cache = DeltaKVCache(model)
+        for layer_idx in range(LAYERS):
+            moved = tuple(table.to(device) for table in tables)
+            cache.layers[layer_idx].receive_tables(*moved)
+            cache.update(keys.to(device), values.to(device), layer_idx)
+        states.append(cache.layers[0].state.map(lambda t: t.cpu()))
+    assert torch.equal(states[0].store.reference_idx, states[1].store.reference_idx)
+    for name in ("reference_codes", "reference_levels", "residual_codes", "residual_levels"):
+        assert torch.equal(getattr(states[0].store, name), getattr(states[1].store, name)), name
