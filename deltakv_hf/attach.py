@@ -214,8 +214,8 @@ def _forms(cos: torch.Tensor, head_dim: int) -> list[RopeForm]:
 def _explains(form: RopeForm, plain: torch.Tensor, rotated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     tolerance = 4 * torch.finfo(rotated.dtype).eps
     cos, sin = (form.angles(table).float().unsqueeze(1) for table in (cos, sin))
-    there, back = plain.float().clone(), rotated.float().clone()
-    form.apply(there, cos, sin)
+    there, back = torch.empty(plain.shape, dtype=torch.float32, device=plain.device), rotated.float().clone()
+    form.apply(plain.float(), cos, sin, there)
     form.invert(back, cos, sin)
     pairs = ((there, rotated.float()), (back, plain.float()))
     return all((a - b).norm() <= tolerance * b.norm() for a, b in pairs)

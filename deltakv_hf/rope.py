@@ -36,12 +36,15 @@ class RopeForm:
         width = table.shape[-1] // 2
         return (table[..., :width] if self.table == "halves" else table[..., ::2]).contiguous().clone()
 
-    def apply(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotates the last axis in place. x `[..., head_dim]` float32; cos, sin broadcast to `[..., n/2]`."""
-        first, second = self._pairs(x, cos.shape[-1])
-        kept = first.clone()
-        first.mul_(cos).addcmul_(second, sin, value=-1)
-        second.mul_(cos).addcmul_(kept, sin)
+    def apply(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+        """Rotates the last axis. x, out `[..., head_dim]` float32, not the same; cos, sin broadcast to `[..., n/2]`."""
+        num_pairs = cos.shape[-1]
+        first, second = self._pairs(x, num_pairs)
+        out_first, out_second = self._pairs(out, num_pairs)
+        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+        if 2 * num_pairs < x.shape[-1]:
+            out[..., 2 * num_pairs :] = x[..., 2 * num_pairs :]
 
     def invert(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Undoes `apply` in place; exact for tables that carry a factor (YaRN) or are rounded to 16 bits."""

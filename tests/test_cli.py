@@ -225,7 +225,7 @@ def test_the_whole_demo(tmp_path):
     found = json.loads(figures.read_text())
     assert found["right"] == {"full": 8, "deltakv": 8}
     assert 4096 < found["prompt"]["tokens"] <= 4400
-    assert found["fidelity"]["top1_text"] >= 0.97 and found["fidelity"]["kl_text"] <= 0.003
+    assert found["fidelity"]["top1_text"] >= 0.96 and found["fidelity"]["kl_text"] <= 0.003
     bytes_of_16_bits = found["memory"]["dense_bytes"] * (0.5 if found["dtype"] == "float32" else 1)
     assert found["memory"]["stored_bytes"] <= 0.37 * bytes_of_16_bits
     assert chart.read_bytes().startswith(PNG)

@@ -160,29 +160,35 @@ class DirectCompressor:
         references: torch.Tensor,
         start: int,
         stop: int,
-        out: torch.Tensor,
+        outs: tuple[torch.Tensor, torch.Tensor],
         scratch: torch.Tensor | None = None,
     ) -> None:
-        """Writes compressed tokens `start .. stop - 1` of every row to `out`.
+        """Writes compressed tokens `start .. stop - 1` of every row to `outs`.
 
         Args:
             references: what `self.references(store)` gave.
-            out: `[batch, stop - start, (groups), group_size]` float32; `(groups)` may be several axes, any strides.
-            scratch: `[2, at least the numbers of out]` float32 to work in.
+            outs: keys and values `[batch, stop - start, (groups), group_size]` float32, any strides; `(groups)` may be
+                several axes.
+            scratch: `[2, at least the numbers of the tokens]` float32 to work in.
         """
         first, last = self.lattice.count(start), self.lattice.count(stop)
         piece = slice(start - first, stop - last)
         residual = store.residual_codes[:, piece], store.residual_levels[:, piece], store.reference_idx[:, piece]
-        kept = references[:, first:last].unflatten(-1, out.shape[2:])
         stride, nbits = self.lattice.stride, self.config.nbits
+        sizes = [math.prod(out.shape[2:]) for out in outs]
+        kept = references[:, first:last].split(sizes, dim=-1)
         if stride > 1 and self.lattice.is_regular(start, stop):
             # decoded in place between the references
-            strides = out.unflatten(1, (-1, stride))
-            strides[:, :, 0] = kept
+            places = [out.unflatten(1, (-1, stride)) for out in outs]
+            for place, reference in zip(places, kept, strict=True):
+                place[:, :, 0] = reference.unflatten(-1, place.shape[3:])
             residual = [part.unflatten(1, (-1, stride - 1)) for part in residual]
-            dispatch.reconstruct(*residual, references, nbits, strides[:, :, 1:], scratch)
-        else:
-            span = self.lattice.span(start, stop, out.device)
-            out[:, span.reference_offsets] = kept
-            tokens = dispatch.reconstruct(*residual, references, nbits, None, scratch)
-            out[:, span.residual_offsets] = tokens.view(*tokens.shape[:2], *out.shape[2:])
+            dispatch.reconstruct(*residual, references, nbits, [place[:, :, 1:] for place in places], scratch)
+            return
+        span = self.lattice.span(start, stop, references.device)
+        num_residuals = residual[0].shape[1]
+        tokens = [out.new_empty(out.shape[0], num_residuals, *out.shape[2:]) for out in outs]
+        dispatch.reconstruct(*residual, references, nbits, tokens, scratch)
+        for out, reference, rest in zip(outs, kept, tokens, strict=True):
+            out[:, span.reference_offsets] = reference.unflatten(-1, out.shape[2:])
+            out[:, span.residual_offsets] = rest

@@ -1,5 +1,7 @@
 """Residual + mean of references -> tokens: the specification."""
 
+import math
+
 import torch
 
 from .quantize import take, unpack_float
@@ -36,9 +38,9 @@ def reconstruct(
     reference_idx: torch.Tensor,
     references: torch.Tensor,
     nbits: int,
-    out: torch.Tensor | None = None,
+    outs: tuple[torch.Tensor, ...],
     scratch: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> None:
     """Reads tokens back.
 
     Args:
@@ -47,19 +49,21 @@ def reconstruct(
         reference_idx: `[batch, ..., top_k]` int16 holding unsigned 16-bit numbers.
         references: `[batch, num_references, width]` float32, decoded.
         nbits: bits per residual number.
-        out: `[batch, ..., (groups), group_size]` float32 to write to; `(groups)` may be several axes, with any strides.
-        scratch: `[2, at least the numbers of out]` float32 to work in; fresh memory costs a CPU more than this.
-
-    Returns:
-        `out`, or `[batch, ..., groups, group_size]` float32.
+        outs: float32 tensors to write to, `[batch, ..., (groups), group_size]` each, any strides; side by side they are
+            the token, so that keys and values may go to different places. `(groups)` may be several axes.
+        scratch: `[2, at least the numbers of the tokens]` float32 to work in; fresh memory costs a CPU more than this.
     """
     first, second = (None, None) if scratch is None else scratch
     numbers = unpack_float(residual_codes, nbits, first)
     predicted = predict(references, reference_idx, second)
-    scale, low = residual_levels.float().unbind(-1)
-    if out is None:
-        out = torch.empty_like(predicted).unflatten(-1, (scale.shape[-1], -1))
-    # few passes over memory: this is most of a decode step on a CPU
-    scale, low = (x.reshape(*out.shape[:-1], 1) for x in (scale, low))
-    torch.addcmul(predicted.view(out.shape), numbers.view(out.shape), scale, out=out).add_(low)
-    return out
+    levels = residual_levels.float()
+    leading = numbers.ndim - 1
+    start = 0
+    for out in outs:
+        # few passes over memory: this is most of a decode step on a CPU
+        shape, stop = out.shape[leading:], start + math.prod(out.shape[leading:])
+        x, base = (part[..., start:stop].unflatten(-1, shape) for part in (numbers, predicted))
+        groups = levels[..., start // shape[-1] : stop // shape[-1], :].unflatten(-2, shape[:-1])
+        scale, low = groups.unsqueeze(-2).unbind(-1)
+        torch.addcmul(base, x, scale, out=out).add_(low)
+        start = stop

@@ -1,0 +1,92 @@
+"""`deltakv`, the command line. Each command's work is in its own module, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ImportError as error:
+    raise SystemExit("the command line needs more packages: pip install 'deltakv-hf[demo]'") from error
+
+from .console import readable_errors
+
+app = typer.Typer(
+    help="DeltaKVCache: a small, fast and faithful KV cache for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: what suits the device.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Nbits = Annotated[int, typer.Option(help="Bits per stored residual number: 2, 4 or 8.")]
+ReferenceNbits = Annotated[int, typer.Option(help="Bits per stored number of a reference: 2, 4 or 8.")]
+ReferenceStride = Annotated[int, typer.Option(help="One token in so many is a reference.")]
+RecentWindow = Annotated[int, typer.Option(help="Newest tokens that stay as they are.")]
+SinkTokens = Annotated[int, typer.Option(help="First tokens that stay as they are.")]
+
+
+@app.callback()
+def deltakv() -> None:
+    """Makes the commands sub-commands."""
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Your model: id on the Hub or folder.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Your long text, UTF-8.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Asked after your text; may be repeated. Without it the text is continued.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer after your text.")] = 64,
+    nbits: Nbits = 4,
+    reference_nbits: ReferenceNbits = 8,
+    reference_stride: ReferenceStride = 32,
+    recent_window: RecentWindow = 128,
+    num_sink_tokens: SinkTokens = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="The chart, PNG.")] = Path("deltakv-demo.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Reads one long prompt with the full cache and with DeltaKVCache, and compares answers, bytes and seconds.
+
+    Without --prompt-file: SmolLM2-135M-Instruct reads a novel with facts planted in it. Exit code 1 if answers differ.
+    """
+    with readable_errors():
+        from .demo import DemoSettings, run_demo
+
+        options = {
+            "nbits": nbits,
+            "reference_nbits": reference_nbits,
+            "reference_stride": reference_stride,
+            "recent_window": recent_window,
+            "num_sink_tokens": num_sink_tokens,
+        }
+        settings = DemoSettings(
+            model, prompt_file, question or [], max_new_tokens, options, device, dtype, threads, out, json_file
+        )
+        code = run_demo(settings)
+    raise typer.Exit(code)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
+    nbits: Nbits = 4,
+    reference_nbits: ReferenceNbits = 8,
+    reference_stride: ReferenceStride = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Shows what the cache does with each layer of a model: kind, RoPE, bytes per token."""
+    with readable_errors():
+        from .inspect import run_inspect
+
+        options = {"nbits": nbits, "reference_nbits": reference_nbits, "reference_stride": reference_stride}
+        run_inspect(model, options, device, dtype, as_json)
