@@ -150,6 +150,8 @@ class DeltaKVCache(Cache):
             InvalidOptionError: a positive number.
             CacheStateError: a row would lose compressed tokens.
         """
+        # transformers 5.17 counts rejected drafts in a tensor
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise InvalidOptionError(
                 f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-n)` removes n tokens."
@@ -170,7 +172,13 @@ class DeltaKVCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; options and model stay."""
-        super().reset()
+        # the host's own layers are made anew: before transformers 5.18 their `reset` keeps the old length
+        fresh = DynamicCache(config=self.model_config).layers
+        for layer_idx, layer in enumerate(self.layers):
+            if isinstance(layer, DeltaKVLayer):
+                layer.reset()
+            else:
+                self.layers[layer_idx] = fresh[layer_idx]
         self._ledger.reset()
         self._registry.tables.clear()
 

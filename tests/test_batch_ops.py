@@ -314,3 +314,10 @@ def test_reset_gives_the_state_of_a_fresh_cache():
     feed(cache, make_tokens(50), [50])
     cache.flush()
     assert_same_state(cache, driven(make_tokens(50)))
+
+
+def test_crop_takes_a_tensor():
+    """transformers 5.17 counts rejected drafts in a tensor, which turned the cache's lengths into tensors."""
+    cache = driven(make_tokens(40))
+    cache.crop(torch.tensor(-3))
+    assert cache.get_seq_length() == 37 and type(cache.get_seq_length()) is int
