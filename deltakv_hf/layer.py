@@ -232,43 +232,39 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def _decode_store(self, store: DirectStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Decodes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
-        batch, _, count, _ = keys.shape
+        batch, heads, count, head_dim = keys.shape
         if count == 0:
             return
         compressor = self.compressor
-        stride, width = compressor.lattice.stride, compressor.width
+        stride, width, key_width = compressor.lattice.stride, compressor.width, heads * head_dim
         budget = SCRATCH_BYTES.get(keys.device.type, SCRATCH_BYTES["cuda"])
-        tile = max(1, budget // (3 * batch * width * 4) // stride) * stride
+        tile = max(1, budget // (2 * batch * width * 4) // stride) * stride
         # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
         size = batch * min(tile, count) * width
-        scratch = torch.empty(3, size, dtype=torch.float32, device=keys.device)
+        scratch = torch.empty(2, size, dtype=torch.float32, device=keys.device)
         references = compressor.references(store)
         first_column = self.ledger.config.num_sink_tokens
         for start in range(0, count, tile):
             stop = min(start + tile, count)
             # [batch, n, heads, head_dim], as tokens are coded
-            places = [states[:, :, start:stop].transpose(1, 2) for states in (keys, values)]
-            spare = scratch[2].split([places[0].numel(), size - places[0].numel()])
-            x_keys = spare[0].view(places[0].shape)
-            # values go straight to their place where their layout and dtype allow it
-            direct = values.dtype == torch.float32 and values.shape[-1] % compressor.group_size == 0
-            x_values = places[1] if direct else spare[1][: places[1].numel()].view(places[1].shape)
-            outs = [_grouped(x, compressor.group_size) for x in (x_keys, x_values)]
-            compressor.decode(store, references, start, stop, outs, scratch[:2])
+            place_keys, place_values = (states[:, :, start:stop].transpose(1, 2) for states in (keys, values))
             if self.form is not None:
                 if view is None:
                     cos, sin = self.tables.rows(slice(None), first_column + start, first_column + stop)
                 else:
                     cos, sin = self.tables.gather(view.compressed_columns[:, start:stop])
-                # the decoder is done with the rest of the scratch
-                straight = keys.dtype == torch.float32
-                rotated = places[0] if straight else scratch[0, : x_keys.numel()].view(x_keys.shape)
-                self.form.apply(x_keys, cos.unsqueeze(2), sin.unsqueeze(2), rotated)
-                x_keys = rotated
-            if x_keys is not places[0]:
-                places[0].copy_(x_keys)
-            if x_values is not places[1]:
-                places[1].copy_(x_values)
+            for tokens, pick in compressor.decode(store, references, start, stop, scratch[:2]):
+                x_keys, x_values = tokens.split([key_width, width - key_width], dim=-1)
+                x_keys, x_values = x_keys.unflatten(-1, (heads, -1)), x_values.unflatten(-1, (heads, -1))
+                out_keys = pick(place_keys)
+                if self.form is not None:
+                    straight = keys.dtype == torch.float32
+                    rotated = out_keys if straight else scratch[1, : x_keys.numel()].view(x_keys.shape)
+                    self.form.apply(x_keys, pick(cos).unsqueeze(-2), pick(sin).unsqueeze(-2), rotated)
+                    x_keys = rotated
+                if x_keys is not out_keys:
+                    out_keys.copy_(x_keys)
+                pick(place_values).copy_(x_values)
 
     # -- what else the host asks of a layer ----------------------------------------------------------------------
 
@@ -319,13 +315,6 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"DeltaKVLayer(layer_idx={self.layer_idx}, columns={self.columns})"
-
-
-def _grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """x `[batch, n, heads, head_dim]` -> `[batch, n, (groups), group_size]`, a view."""
-    if x.shape[-1] % group_size == 0:
-        return x.unflatten(-1, (-1, group_size))
-    return x.flatten(2).unflatten(-1, (-1, group_size))
 
 
 def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ bytes do not depend on how the text was cut into calls or which rows stand besid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -160,35 +161,31 @@ class DirectCompressor:
         references: torch.Tensor,
         start: int,
         stop: int,
-        outs: tuple[torch.Tensor, torch.Tensor],
         scratch: torch.Tensor | None = None,
-    ) -> None:
-        """Writes compressed tokens `start .. stop - 1` of every row to `outs`.
+    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Reads compressed tokens `start .. stop - 1` of every row, in pieces.
 
         Args:
             references: what `self.references(store)` gave.
-            outs: keys and values `[batch, stop - start, (groups), group_size]` float32, any strides; `(groups)` may be
-                several axes.
-            scratch: `[2, at least the numbers of the tokens]` float32 to work in.
+            scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
+
+        Yields:
+            tokens `[batch, ..., width]` float32, and a function that picks their places out of any tensor
+            `[batch, stop - start, ..]`, as a view `[batch, ..., ..]`.
         """
         first, last = self.lattice.count(start), self.lattice.count(stop)
         piece = slice(start - first, stop - last)
         residual = store.residual_codes[:, piece], store.residual_levels[:, piece], store.reference_idx[:, piece]
         stride, nbits = self.lattice.stride, self.config.nbits
-        sizes = [math.prod(out.shape[2:]) for out in outs]
-        kept = references[:, first:last].split(sizes, dim=-1)
-        if stride > 1 and self.lattice.is_regular(start, stop):
-            # decoded in place between the references
-            places = [out.unflatten(1, (-1, stride)) for out in outs]
-            for place, reference in zip(places, kept, strict=True):
-                place[:, :, 0] = reference.unflatten(-1, place.shape[3:])
-            residual = [part.unflatten(1, (-1, stride - 1)) for part in residual]
-            dispatch.reconstruct(*residual, references, nbits, [place[:, :, 1:] for place in places], scratch)
+        if self.lattice.is_regular(start, stop):
+            yield references[:, first:last], lambda x: x.unflatten(1, (-1, stride))[:, :, 0]
+            if stride > 1:
+                residual = [part.unflatten(1, (-1, stride - 1)) for part in residual]
+                tokens = dispatch.reconstruct(*residual, references, nbits, scratch)
+                yield tokens, lambda x: x.unflatten(1, (-1, stride))[:, :, 1:]
             return
         span = self.lattice.span(start, stop, references.device)
-        num_residuals = residual[0].shape[1]
-        tokens = [out.new_empty(out.shape[0], num_residuals, *out.shape[2:]) for out in outs]
-        dispatch.reconstruct(*residual, references, nbits, tokens, scratch)
-        for out, reference, rest in zip(outs, kept, tokens, strict=True):
-            out[:, span.reference_offsets] = reference.unflatten(-1, out.shape[2:])
-            out[:, span.residual_offsets] = rest
+        tokens = references.new_empty(references.shape[0], stop - start, self.width)
+        tokens[:, span.reference_offsets] = references[:, first:last]
+        tokens[:, span.residual_offsets] = dispatch.reconstruct(*residual, references, nbits, scratch)
+        yield tokens, lambda x: x

@@ -37,20 +37,20 @@ def quantize(x: torch.Tensor, nbits: int, group_size: int) -> tuple[torch.Tensor
     return pack(codes.to(torch.uint8).flatten(-2), nbits), levels
 
 
-def dequantize(codes: torch.Tensor, levels: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Inverse of `quantize`: codes `[..., bytes]`, levels `[..., groups, 2]` -> `[..., width]` float32."""
-    numbers = unpack_float(codes, nbits)
+def dequantize(
+    codes: torch.Tensor, levels: torch.Tensor, nbits: int, scratch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Inverse of `quantize`: codes `[..., bytes]`, levels `[..., groups, 2]` -> `[..., width]` float32.
+
+    Args:
+        scratch: 1-D float32 to hold the result.
+    """
+    numbers = take(scratch, (*codes.shape[:-1], codes.shape[-1] * 8 // nbits), codes.device)
+    for field, part in zip(unpack(codes, nbits), numbers.chunk(8 // nbits, dim=-1), strict=True):
+        part.copy_(field)
     scale, low = levels.float().unsqueeze(-1).unbind(-2)
     # two operations rather than a fused one, whose rounding may differ between the ends and the middle of a tensor
     numbers.unflatten(-1, (levels.shape[-2], -1)).mul_(scale).add_(low)
-    return numbers
-
-
-def unpack_float(packed: torch.Tensor, nbits: int, scratch: torch.Tensor | None = None) -> torch.Tensor:
-    """Packed bytes `[..., bytes]` uint8 -> codes `[..., bytes * 8 // nbits]` float32, held in `scratch` if given."""
-    numbers = take(scratch, (*packed.shape[:-1], packed.shape[-1] * 8 // nbits), packed.device)
-    for field, part in zip(unpack(packed, nbits), numbers.chunk(8 // nbits, dim=-1), strict=True):
-        part.copy_(field)
     return numbers
 
 

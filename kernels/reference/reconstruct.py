@@ -1,10 +1,8 @@
 """Residual + mean of references -> tokens: the specification."""
 
-import math
-
 import torch
 
-from .quantize import take, unpack_float
+from .quantize import dequantize, take
 
 
 def predict(references: torch.Tensor, reference_idx: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
@@ -38,9 +36,8 @@ def reconstruct(
     reference_idx: torch.Tensor,
     references: torch.Tensor,
     nbits: int,
-    outs: tuple[torch.Tensor, ...],
     scratch: torch.Tensor | None = None,
-) -> None:
+) -> torch.Tensor:
     """Reads tokens back.
 
     Args:
@@ -49,21 +46,12 @@ def reconstruct(
         reference_idx: `[batch, ..., top_k]` int16 holding unsigned 16-bit numbers.
         references: `[batch, num_references, width]` float32, decoded.
         nbits: bits per residual number.
-        outs: float32 tensors to write to, `[batch, ..., (groups), group_size]` each, any strides; side by side they are
-            the token, so that keys and values may go to different places. `(groups)` may be several axes.
-        scratch: `[2, at least the numbers of the tokens]` float32 to work in; fresh memory costs a CPU more than this.
+        scratch: `[2, at least the numbers of the tokens]` float32 to work in and to hold the result; fresh memory costs
+            a CPU more than the arithmetic.
+
+    Returns:
+        `[batch, ..., width]` float32.
     """
     first, second = (None, None) if scratch is None else scratch
-    numbers = unpack_float(residual_codes, nbits, first)
-    predicted = predict(references, reference_idx, second)
-    levels = residual_levels.float()
-    leading = numbers.ndim - 1
-    start = 0
-    for out in outs:
-        # few passes over memory: this is most of a decode step on a CPU
-        shape, stop = out.shape[leading:], start + math.prod(out.shape[leading:])
-        x, base = (part[..., start:stop].unflatten(-1, shape) for part in (numbers, predicted))
-        groups = levels[..., start // shape[-1] : stop // shape[-1], :].unflatten(-2, shape[:-1])
-        scale, low = groups.unsqueeze(-2).unbind(-1)
-        torch.addcmul(base, x, scale, out=out).add_(low)
-        start = stop
+    tokens = dequantize(residual_codes, residual_levels, nbits, first)
+    return tokens.add_(predict(references, reference_idx, second))
