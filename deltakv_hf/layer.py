@@ -14,8 +14,9 @@ import torch
 from .compressor import DirectCompressor, DirectStore
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin, upload
+from .layout import Flush, FlushGroup, Layout, Step, View
 from .lazy import lazy_pair
-from .ledger import Flush, FlushGroup, Layout, Step, TokenLedger, View
+from .ledger import TokenLedger
 from .rope import RopeForm, RopeTables
 
 # working memory of a decode; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)

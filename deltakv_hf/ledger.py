@@ -14,117 +14,8 @@ import torch
 
 from .config import DeltaKVConfig
 from .errors import CacheStateError
-from .hf_compat import HostCopy, upload
-
-
-@dataclass(frozen=True)
-class FlushGroup:
-    """Rows that compress the same tokens `start .. stop - 1` (compressed index) in one flush.
-
-    Attributes:
-        rows: row numbers, or None for all rows.
-        offset: first of these tokens among the tokens that the flush reads (see `Flush.source_idx`).
-        row_columns: column of each real token of these rows; None where token `i` stands in column `i`.
-    """
-
-    rows: list[int] | None
-    offset: int
-    start: int
-    stop: int
-    row_columns: list[torch.Tensor] | None = None
-
-    def columns(self, start: int, stop: int) -> torch.Tensor | None:
-        """Columns `[rows, stop - start]` of tokens `start .. stop - 1`, sinks counted; None where they are the same."""
-        if self.row_columns is None:
-            return None
-        return torch.stack([columns[start:stop] for columns in self.row_columns])
-
-
-@dataclass
-class Flush:
-    """What every layer does in one flush. `source` is the layer's tail followed by its pending columns.
-
-    Attributes:
-        source_idx: `[batch, n]` int64, place in `source` of each row's tokens; None where they stand in order.
-        groups: what is compressed.
-        tail_idx: `[batch, m]` int64, what stays in the tail; None with `source_idx`, then `tail_start` says it.
-        tail_start: first token of `source` that stays in the tail, where rows are equal.
-        number: flushes count up, so that a layer can tell whether it has done this one.
-    """
-
-    number: int
-    source_idx: torch.Tensor | None
-    groups: list[FlushGroup]
-    tail_idx: torch.Tensor | None
-    tail_start: int = 0
-
-
-@dataclass(frozen=True)
-class View:
-    """Where each column is read from when padding was seen: an index into [sinks | store | tail | pending]."""
-
-    slots: torch.Tensor  # [batch, merged columns] int64
-    compressed_columns: torch.Tensor  # [batch, most compressed tokens] int64: column of each compressed token
-
-
-class Layout:
-    """What stood where between two flushes: enough to read a `LayerState` of that time.
-
-    Attributes:
-        compressed: most compressed tokens in a row.
-    """
-
-    def __init__(self, num_sink_tokens: int, compressed: list[int], merged: int, row_columns):
-        self.compressed = max(compressed, default=0)
-        self._num_sink_tokens = num_sink_tokens
-        self._counts = list(compressed)
-        self._merged = merged
-        self._row_columns = row_columns
-        self._views: dict[torch.device, View] = {}
-
-    def view(self, device: torch.device) -> View | None:
-        """Where merged columns are read from; None while no padding was seen and all stand in order."""
-        if self._row_columns is None:
-            return None
-        if device not in self._views:
-            self._views[device] = self._make_view(device)
-        return self._views[device]
-
-    def _make_view(self, device: torch.device) -> View:
-        sinks, most = self._num_sink_tokens, self.compressed
-        slots = torch.zeros(len(self._counts), self._merged, dtype=torch.int64)
-        places = []
-        for row, columns in enumerate(self._row_columns):
-            count = self._counts[row]
-            columns = columns[columns < self._merged]
-            slot = torch.arange(len(columns))
-            if count:
-                # in the sinks and the store a token's slot is its number; the tail begins behind the longest store
-                slot[sinks + count :] += most - count
-            elif most:
-                slot += sinks + most
-            slots[row, columns] = slot
-            places.append(columns[sinks : sinks + count])
-        return View(upload(slots, device), upload(_stack(places), device))
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Index tensors held."""
-        views = [t for view in self._views.values() for t in (view.slots, view.compressed_columns)]
-        return views + (self._row_columns or [])
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward: `past` columns before it, `query_length` new ones; a flush before and, in a long call, after.
-
-    `layout` is how the tokens stand between the two.
-    """
-
-    past: int
-    query_length: int
-    before: Flush | None
-    layout: Layout
-    after: Flush | None
+from .hf_compat import HostCopy
+from .layout import Flush, FlushGroup, Layout, Step, stack
 
 
 @dataclass
@@ -336,7 +227,7 @@ class TokenLedger:
             FlushGroup(rows, self._first_offset(start), start, stop, [self.row_columns[row] for row in rows])
             for (start, stop), rows in groups.items()
         ]
-        return Flush(self.num_flushes + 1, _stack(sources), members, _stack(tails))
+        return Flush(self.num_flushes + 1, stack(sources), members, stack(tails))
 
     def select_rows(self, rows: list[int] | None, batch_size: int) -> None:
         """The batch becomes `rows` of the old one, in that order; None where all rows are alike."""
@@ -374,11 +265,6 @@ class TokenLedger:
         self.merged = min(self.merged, keep)
         self._relayout()
         return lost
-
-
-def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of different length -> `[rows, longest]`, the missing places 0."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _describe(value: object) -> str:
