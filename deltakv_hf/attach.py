@@ -38,7 +38,6 @@ class LayerProbe:
     form: RopeForm | None
 
 
-_NOTHING = LayerProbe(lambda: None, "opaque", None)
 _PROBES: weakref.WeakKeyDictionary[nn.Module, dict[int, LayerProbe]] = weakref.WeakKeyDictionary()
 
 
@@ -50,7 +49,8 @@ def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
     """
     root = unwrap(model)
     # modules may have been replaced since (quantised, patched)
-    if any(probe.module() is None for probe in _PROBES.get(root, {None: _NOTHING}).values()):
+    known = _PROBES.get(root)
+    if known is None or any(probe.module() is None for probe in known.values()):
         _PROBES[root] = _probe(root)
     for module in _mask_modules(root):
         _hook_once(module, note_forward)

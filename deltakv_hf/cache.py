@@ -83,11 +83,12 @@ class DeltaKVCache(Cache):
 
     def note_forward(self, module: nn.Module, attention_mask: object) -> None:
         """Called by the hook on the model before a forward with this cache."""
+        if self._ledger.num_layers == 0:
+            return
         for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicLayer) and layer.is_initialized and self.own_layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
                 self._ledger.check_length(layer_idx, layer.get_seq_length())
-        if self.own_layers:
-            self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
+        self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
         """Called by the hook on attention modules; `tables` are the module's `position_embeddings`."""
