@@ -3,18 +3,21 @@
 from .attach import detach
 from .cache import DeltaKVCache
 from .config import DeltaKVConfig
-from .errors import CacheStateError, DeltaKVError, InvalidOptionError, UnsupportedModelError
+from .errors import CacheStateError, DeltaKVError, InvalidOptionError, NotPicklableError, UnsupportedModelError
 from .memory import MemoryReport
+from .stats import CacheStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CacheStateError",
+    "CacheStats",
     "DeltaKVCache",
     "DeltaKVConfig",
     "DeltaKVError",
     "InvalidOptionError",
     "MemoryReport",
+    "NotPicklableError",
     "UnsupportedModelError",
     "detach",
 ]

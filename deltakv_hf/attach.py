@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedModelError
 from .hf_compat import DynamicCache
 from .rope import RopeForm
+from .rotary import RotaryCall, RotaryWatch
 
 PROBE_TOKENS = 7
 
@@ -31,11 +32,13 @@ class LayerProbe:
         kind: "rope" (keys are un-rotated before they are compressed), "none" (the layer does not rotate),
             "opaque" (nothing is known that would undo its rotation; keys are compressed as received).
         form: how "rope" layers rotate, else None.
+        rotary: the call that made the layer's tables, if it was found.
     """
 
     module: weakref.ref
     kind: str
     form: RopeForm | None
+    rotary: RotaryCall | None = None
 
 
 _PROBES: weakref.WeakKeyDictionary[nn.Module, dict[int, LayerProbe]] = weakref.WeakKeyDictionary()
@@ -146,6 +149,7 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
 
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in candidates]
     handles += [m.register_forward_hook(leave, with_kwargs=True) for m in candidates]
+    watch = RotaryWatch(root)
     embedding = root.get_input_embeddings().weight
     device = "cpu" if embedding.device.type == "meta" else embedding.device
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device) % embedding.shape[0]
@@ -157,16 +161,16 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     try:
         with torch.no_grad():
             forward(input_ids=ids[None], past_key_values=recorder, use_cache=True)
-            for handle in handles:
+            for handle in (*handles, watch):
                 handle.remove()
             found = {
-                layer_idx: _probe_layer(module, *calls[module], recorder.layers[layer_idx].keys, config)
+                layer_idx: _probe_layer(module, *calls[module], recorder.layers[layer_idx].keys, config, watch)
                 for layer_idx, module in sorted(recorder.updated_by.items())
             }
     except TypeError as error:
         raise UnsupportedModelError(f"`model` must read `input_ids` with `past_key_values`: {error}.") from error
     finally:
-        for handle in handles:
+        for handle in (*handles, watch):
             handle.remove()
         for module in training:
             module.training = True
@@ -179,7 +183,7 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     return found
 
 
-def _probe_layer(module: nn.Module, args: tuple, kwargs: dict, rotated: torch.Tensor, config) -> LayerProbe:
+def _probe_layer(module: nn.Module, args, kwargs, rotated: torch.Tensor, config, watch: RotaryWatch) -> LayerProbe:
     """Compares `rotated` `[1, heads, tokens, head_dim]`, the keys of the call `(args, kwargs)`, with still ones."""
     tables = kwargs.get("position_embeddings")
     if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3):
@@ -194,7 +198,7 @@ def _probe_layer(module: nn.Module, args: tuple, kwargs: dict, rotated: torch.Te
         return LayerProbe(weakref.ref(module), "none", None)
     for form in _forms(cos, rotated.shape[-1]):
         if _explains(form, plain, rotated, cos, sin):
-            return LayerProbe(weakref.ref(module), "rope", form)
+            return LayerProbe(weakref.ref(module), "rope", form, watch.find(tables))
     return LayerProbe(weakref.ref(module), "opaque", None)
 
 

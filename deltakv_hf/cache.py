@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from functools import partial
 
@@ -9,17 +10,20 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from . import host_layers
 from .attach import attach, unwrap
 from .bare import FORM, BareRope
 from .compressor import DirectCompressor
 from .config import DeltaKVConfig
-from .errors import CacheStateError, InvalidOptionError, UnsupportedModelError
+from .conversion import fill, to_dynamic
+from .errors import CacheStateError, InvalidOptionError, NotPicklableError, UnsupportedModelError
 from .hf_compat import Cache, DynamicCache, DynamicLayer
 from .layer import DeltaKVLayer
 from .lazy import LazyStates
 from .ledger import TokenLedger
 from .memory import MemoryReport, report
 from .rope import RopeRegistry
+from .stats import CacheStats
 from .support import check_config, check_length, longrope_switch
 
 
@@ -32,6 +36,9 @@ class DeltaKVCache(Cache):
     Args:
         model: the model that will use the cache; hooks are registered on it once (see `deltakv_hf.detach`). A bare
             `PretrainedConfig` is taken too, for one unpadded row and standard RoPE.
+        offloading: keep what is stored in CPU memory and fetch each layer while the one before it runs (needs an
+            accelerator).
+        offload_only_non_sliding: with `offloading`, leave sliding-window layers on the device.
         **options: fields of `DeltaKVConfig`.
 
     Raises:
@@ -47,7 +54,14 @@ class DeltaKVCache(Cache):
     ```
     """
 
-    def __init__(self, model: PreTrainedModel | PretrainedConfig, **options):
+    def __init__(
+        self,
+        model: PreTrainedModel | PretrainedConfig,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        **options,
+    ):
         self.options = DeltaKVConfig.from_options(options)
         bare = isinstance(model, PretrainedConfig)
         root = None if bare else unwrap(model)
@@ -71,13 +85,18 @@ class DeltaKVCache(Cache):
                 )
             form = FORM if bare else self._probes[layer_idx].form
             layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry)
-        super().__init__(layers=layers)
+        if offloading and not torch.accelerator.is_available():
+            raise InvalidOptionError("`offloading` must be False on a machine without an accelerator, got True.")
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self._ledger.num_layers = len(self.own_layers)
 
     @property
     def own_layers(self) -> list[DeltaKVLayer]:
         """The layers that compress; the others are the host's."""
         return [layer for layer in self.layers if isinstance(layer, DeltaKVLayer)]
+
+    def _host_layers(self) -> list:
+        return [layer for layer in self.layers if not isinstance(layer, DeltaKVLayer)]
 
     # -- what the hooks and the model tell ------------------------------------------------------------------------
 
@@ -144,12 +163,72 @@ class DeltaKVCache(Cache):
         extra = self._bare_rope.tensors() if self._bare_rope is not None else []
         return report(self.layers, self._ledger, self._registry, extra)
 
+    def dequantize(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys (rotated) and values of a layer, `[batch, num_key_value_heads, columns, head_dim]`.
+
+        Padding is zero. A layer of the host gives what it holds: a sliding-window layer its window.
+
+        Raises:
+            CacheStateError: the layer holds no keys and values, or the last forward was broken off.
+        """
+        layer = self.layers[layer_idx]
+        if isinstance(layer, DeltaKVLayer):
+            return layer.dequantize()
+        if getattr(layer, "keys", None) is None:
+            raise CacheStateError(
+                f"layer {layer_idx} must hold keys and values to be read, but this {type(layer).__name__} has none."
+            )
+        return layer.keys, layer.values
+
+    def __iter__(self):
+        """Yields keys, values, sliding-window tensor or None of each layer, as `DynamicCache` does, decoded in turn."""
+        for layer in self.layers:
+            own = isinstance(layer, DeltaKVLayer)
+            pair = layer.dequantize() if own and layer.is_initialized else (layer.keys, layer.values)
+            yield *pair, getattr(layer, "_sliding_window_tensor", None)
+
+    def to_dynamic_cache(self) -> DynamicCache:
+        """A `DynamicCache` of the decoded tokens, in memory of its own; padding is zero."""
+        return to_dynamic(self)
+
+    @classmethod
+    def from_dynamic(
+        cls,
+        cache: DynamicCache,
+        model: PreTrainedModel | PretrainedConfig,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **options,
+    ) -> DeltaKVCache:
+        """Compresses a `DynamicCache` that `model` has filled; it stays as it is.
+
+        Args:
+            cache: keys and values of a prompt.
+            model, **options: as for `DeltaKVCache`.
+            attention_mask: `[batch, columns]`, 0 at the padding of the prompt; None if there was none.
+            position_ids: `[1 or batch, columns]`; None counts the real tokens of each row, as `generate` does.
+
+        Raises:
+            InvalidOptionError: `cache` is of another model, empty, or does not fit `attention_mask`.
+            UnsupportedModelError: the model's rotary tables can't be made outside a forward.
+        """
+        made = cls(model, **options)
+        fill(made, cache, attention_mask, position_ids)
+        return made
+
+    def stats(self) -> CacheStats:
+        """What the cache has done so far."""
+        return self._ledger.stats
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest columns: `crop(-n)` removes n; only raw ones can go.
+        """Forgets the newest columns: `crop(-n)` removes n.
+
+        Raw tokens go without a trace. Beyond them the compressed tokens that stay keep their codes. After a forward
+        that was broken off, a crop to its beginning or further makes the cache whole again.
 
         Raises:
             InvalidOptionError: a positive number.
-            CacheStateError: a row would lose compressed tokens.
+            CacheStateError: a broken forward would stay in part, or a layer of the host can't go back.
         """
         # transformers 5.17 counts rejected drafts in a tensor
         tokens_to_remove = int(tokens_to_remove)
@@ -157,19 +236,29 @@ class DeltaKVCache(Cache):
             raise InvalidOptionError(
                 f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-n)` removes n tokens."
             )
-        self._ledger.check_whole()
+        keep = max(0, self.get_seq_length() + tokens_to_remove)
+        broken = self._ledger.step
+        if broken is not None and keep > broken.past:
+            raise CacheStateError(
+                f"`crop` must take back the forward that was broken off and leave at most {broken.past} columns, got "
+                f"{keep}: crop by {keep - broken.past} more."
+            )
+        if broken is not None and keep == 0:
+            self.reset()
+            return
         # the host's layers first: they may refuse
-        for layer in self.layers:
-            if not isinstance(layer, DeltaKVLayer):
-                layer.crop(tokens_to_remove)
-        if tokens_to_remove < 0 and self._ledger.columns:
-            number = min(-tokens_to_remove, self._ledger.columns)
-            lost = self._ledger.crop(number)
-            even = lost[0] if self._ledger.row_columns is None else 0
+        host_layers.crop(self._host_layers(), self.get_seq_length(), keep)
+        if broken is not None:
             for layer in self.own_layers:
-                layer.crop_to(self._ledger.columns, even)
+                if layer.columns == broken.past:
+                    layer.complete(broken)
+            self._ledger.close()
+        if keep < self._ledger.columns:
+            crop = self._ledger.crop(keep)
+            for layer in self.own_layers:
+                layer.crop_to(crop)
             for tables in self._registry.tables:
-                tables.crop(self._ledger.columns)
+                tables.crop(keep)
 
     def reset(self) -> None:
         """Forgets everything; options and model stay."""
@@ -185,23 +274,20 @@ class DeltaKVCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes the old row `beam_idx[i]` (beam search)."""
-        for layer in self.layers:
-            if not isinstance(layer, DeltaKVLayer):
-                layer.reorder_cache(beam_idx)
+        for layer in self._host_layers():
+            layer.reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps rows `indices`, in that order."""
-        for layer in self.layers:
-            if not isinstance(layer, DeltaKVLayer):
-                layer.batch_select_indices(indices)
+        for layer in self._host_layers():
+            layer.batch_select_indices(indices)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row becomes `repeats` rows next to each other."""
-        for layer in self.layers:
-            if not isinstance(layer, DeltaKVLayer):
-                layer.batch_repeat_interleave(repeats)
+        for layer in self._host_layers():
+            layer.batch_repeat_interleave(repeats)
         self._select(torch.arange(self._ledger.batch_size).repeat_interleave(repeats))
 
     def _select(self, rows: torch.Tensor) -> None:
@@ -222,6 +308,19 @@ class DeltaKVCache(Cache):
             layer.map(change)
         for tables in self._registry.tables:
             tables.map(change)
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict) -> DeltaKVCache:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return new
+
+    def __reduce_ex__(self, protocol: int):
+        raise NotPicklableError(
+            f"a {type(self).__name__} can't be pickled or copied shallowly: it belongs to a model in this process. Use "
+            "`copy.deepcopy(cache)` for a copy and `cache.save(path)` for a file."
+        )
 
     def __repr__(self) -> str:
         own = len(self.own_layers)

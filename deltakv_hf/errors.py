@@ -15,3 +15,7 @@ class UnsupportedModelError(DeltaKVError, ValueError):
 
 class CacheStateError(DeltaKVError, RuntimeError):
     """The cache was used in an order, or with tensors, for which no right answer exists."""
+
+
+class NotPicklableError(DeltaKVError, TypeError):
+    """A cache was about to be pickled."""

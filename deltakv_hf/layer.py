@@ -14,7 +14,7 @@ import torch
 from .compressor import DirectCompressor, DirectStore
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin, upload
-from .layout import Flush, FlushGroup, Layout, Step, View
+from .layout import Crop, Flush, FlushGroup, Layout, Step, View
 from .lazy import lazy_pair
 from .ledger import TokenLedger
 from .rope import RopeForm, RopeTables
@@ -32,6 +32,8 @@ class LayerState:
         tail_keys, tail_values: `[batch, num_key_value_heads, tail_width, head_dim]`, rows left-aligned.
         pending_keys, pending_values: `[batch, num_key_value_heads, columns, head_dim]`, newest columns, pads included.
         store: packed tokens.
+        columns: columns that the parts stand for.
+        num_flushes: flushes done.
     """
 
     sink_keys: torch.Tensor
@@ -41,11 +43,18 @@ class LayerState:
     pending_keys: torch.Tensor
     pending_values: torch.Tensor
     store: DirectStore
+    columns: int = 0
+    num_flushes: int = 0
+
+    def raw(self) -> dict[str, torch.Tensor]:
+        """The raw parts by name."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: part for name, part in held.items() if isinstance(part, torch.Tensor)}
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerState:
         """A state whose every tensor, the store's included, is `change(tensor)`."""
-        raw = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "store"}
-        return LayerState(**raw, store=self.store.map(change))
+        changed = {name: change(part) for name, part in self.raw().items()}
+        return replace(self, **changed, store=self.store.map(change))
 
 
 class DeltaKVLayer(CacheLayerMixin):
@@ -64,18 +73,22 @@ class DeltaKVLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, layer_idx: int, ledger: TokenLedger, make_compressor, form: RopeForm | None, registry):
-        super().__init__()
+        # the host's constructor sets `keys` and `values`, which are computed here
+        self.is_initialized = False
         self.layer_idx = layer_idx
         self.ledger = ledger
         self.form = form
         self.tables: RopeTables | None = None
         self.compressor: DirectCompressor | None = None
         self.state: LayerState | None = None
-        self.columns = 0
         self._make_compressor = make_compressor
         self._registry = registry
         self._handed: tuple[torch.Tensor, ...] | None = None
-        self._num_flushes = 0
+
+    @property
+    def columns(self) -> int:
+        """Columns seen."""
+        return 0 if self.state is None else self.state.columns
 
     # -- what a forward does -------------------------------------------------------------------------------------
 
@@ -111,26 +124,36 @@ class DeltaKVLayer(CacheLayerMixin):
         if step.past == 0 and not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._take_tables(step)
-        if step.before is not None:
-            self._apply(step.before)
-        state = self.state
+        view = self._store(step, key_states, value_states)
+        self.ledger.depart()
+        return view
+
+    def _store(self, step: Step, key_states: torch.Tensor, value_states: torch.Tensor):
+        """Does `step`. The state is replaced whole: an interrupt leaves the one before or the one after."""
+        self.prefetch()
+        if step.before is not None and self.state.num_flushes < step.before.number:
+            self.state = self._flushed(self.state, step.before)
         state = replace(
-            state,
-            pending_keys=_append(state.pending_keys, key_states),
-            pending_values=_append(state.pending_values, value_states),
+            self.state,
+            pending_keys=_append(self.state.pending_keys, key_states),
+            pending_values=_append(self.state.pending_values, value_states),
+            columns=step.past + step.query_length,
         )
-        self.columns = step.past + step.query_length
-        if step.past == 0:
-            view = key_states, value_states
-        else:
-            view = self._lazy_view(state, step.layout)
-        self.state = state
+        view = self._lazy_view(state, step.layout) if step.past else (key_states, value_states)
         if step.after is not None:
-            self._apply(step.after)
+            state = self._flushed(state, step.after)
         elif state.pending_keys is key_states:
             # a view of the model's buffer would keep all of it alive
-            self.state = replace(state, pending_keys=key_states.clone(), pending_values=value_states.clone())
+            state = replace(state, pending_keys=key_states.clone(), pending_values=value_states.clone())
+        self.state = state
         return view
+
+    def complete(self, step: Step) -> None:
+        """Takes zeros for the tokens of a forward that was broken off before this layer; `crop` removes them."""
+        if self.tables is not None:
+            self.tables.pad(step.past + step.query_length)
+        raw = self.state.tail_keys, self.state.tail_values
+        self._store(step, *(part.new_zeros(*part.shape[:2], step.query_length, part.shape[3]) for part in raw))
 
     def _take_tables(self, step: Step) -> None:
         handed, self._handed = self._handed, None
@@ -153,7 +176,7 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def _lazy_view(self, state: LayerState, layout: Layout):
         raw = state.pending_keys, state.pending_values
-        shapes = [(*part.shape[:2], self.columns, part.shape[-1]) for part in raw]
+        shapes = [(*part.shape[:2], state.columns, part.shape[-1]) for part in raw]
         return lazy_pair(lambda: self._decode(state, layout), *shapes, *raw)
 
     # -- flush: raw tokens into the store ------------------------------------------------------------------------
@@ -161,12 +184,15 @@ class DeltaKVLayer(CacheLayerMixin):
     def flush(self, flush: Flush) -> None:
         """Does a flush that the ledger has decided between forwards."""
         if self.is_initialized:
-            self._apply(flush)
+            away = self._is_away()
+            self.prefetch()
+            self.state = self._flushed(self.state, flush)
+            if away:
+                self.offload()
 
-    def _apply(self, flush: Flush) -> None:
-        if flush.number != self._num_flushes + 1:
+    def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
+        if flush.number != state.num_flushes + 1:
             raise CacheStateError(f"layer {self.layer_idx} missed a flush; call `cache.reset()`.")
-        state = self.state
         keys, values = _append(state.tail_keys, state.pending_keys), _append(state.tail_values, state.pending_values)
         idx = None if flush.source_idx is None else upload(flush.source_idx, self.device)
         sinks, store = (state.sink_keys, state.sink_values), state.store
@@ -190,8 +216,7 @@ class DeltaKVLayer(CacheLayerMixin):
             tail_idx = upload(flush.tail_idx, self.device)
             tail = [_gather(source, tail_idx) for source in (keys, values)]
         empty = [part[:, :, :0].clone() for part in tail]
-        self.state = LayerState(*sinks, *tail, *empty, store=store)
-        self._num_flushes = flush.number
+        return LayerState(*sinks, *tail, *empty, store, state.columns, flush.number)
 
     def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
         """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `[rows, n, width]` float32."""
@@ -226,6 +251,9 @@ class DeltaKVLayer(CacheLayerMixin):
         keys, values = dense
         if view is None:
             return keys, values
+        if total == 0:
+            # nothing but padding, which is read from any place
+            return tuple(part.new_zeros(*part.shape[:2], state.columns, part.shape[3]) for part in dense)
         first_pending = total - state.pending_keys.shape[2]
         pending = torch.arange(first_pending, total, device=self.device).expand(batch, -1)
         slots = torch.cat([view.slots, pending], dim=1)
@@ -238,6 +266,8 @@ class DeltaKVLayer(CacheLayerMixin):
             return
         compressor = self.compressor
         stride, width, key_width = compressor.lattice.stride, compressor.width, heads * head_dim
+        # the strides that are whole are read without copies; a crop may leave a part of one
+        whole = count // stride * stride
         budget = SCRATCH_BYTES.get(keys.device.type, SCRATCH_BYTES["cuda"])
         tile = max(1, budget // (2 * batch * width * 4) // stride) * stride
         # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
@@ -245,8 +275,8 @@ class DeltaKVLayer(CacheLayerMixin):
         scratch = torch.empty(2, size, dtype=torch.float32, device=keys.device)
         references = compressor.references(store)
         first_column = self.ledger.config.num_sink_tokens
-        for start in range(0, count, tile):
-            stop = min(start + tile, count)
+        edges = sorted({*range(0, whole, tile), whole, count})
+        for start, stop in zip(edges, edges[1:], strict=False):
             # [batch, n, heads, head_dim], as tokens are coded
             place_keys, place_values = (states[:, :, start:stop].transpose(1, 2) for states in (keys, values))
             if self.form is not None:
@@ -293,26 +323,70 @@ class DeltaKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.state = self.state.map(change)
 
-    def crop_to(self, columns: int, lost: int) -> None:
-        """Forgets newest columns down to `columns`; where rows are equal the tail is cut by `lost` tokens."""
+    def crop_to(self, crop: Crop) -> None:
+        """Forgets the newest columns, those in the store included: what stays of it keeps its codes."""
+        if self.is_initialized:
+            self.state = self._cropped(self.state, crop)
+
+    def _cropped(self, state: LayerState, crop: Crop) -> LayerState:
+        width, store = max(crop.tail_lengths), state.store
+        parts = {name: part[:, :, : crop.pending].clone() for name, part in state.raw().items() if "pending" in name}
+        for kind in ("keys", "values"):
+            sink, tail = getattr(state, f"sink_{kind}"), getattr(state, f"tail_{kind}")
+            if any(crop.returned):
+                returned = upload(torch.tensor(crop.returned), tail.device)[:, None, None, None]
+                tail = torch.where(returned, _widen(sink, width), _widen(tail, width))
+            if width < tail.shape[2]:
+                tail = tail[:, :, :width].clone()
+            if not any(crop.compressed):
+                sink = sink[:, :, :0].clone()
+            parts |= {f"sink_{kind}": sink, f"tail_{kind}": tail}
+        if crop.num_dropped:
+            store = self.compressor.cut(store, max(crop.compressed))
+        return replace(state, **parts, store=store, columns=crop.columns)
+
+    def dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys (rotated) and values `[batch, num_key_value_heads, columns, head_dim]`, padding zero."""
+        self.ledger.check_whole()
         if not self.is_initialized:
-            return
-        state = self.state
-        pending = max(0, state.pending_keys.shape[2] - (self.columns - columns))
-        width = state.tail_keys.shape[2] - lost
-        self.state = replace(
-            state,
-            pending_keys=state.pending_keys[:, :, :pending].clone(),
-            pending_values=state.pending_values[:, :, :pending].clone(),
-            tail_keys=state.tail_keys[:, :, :width].clone() if lost else state.tail_keys,
-            tail_values=state.tail_values[:, :, :width].clone() if lost else state.tail_values,
-        )
-        self.columns = columns
+            raise CacheStateError(f"layer {self.layer_idx} must hold tokens, got none. Feed the model a prompt first.")
+        self.ledger.settle()
+        state = self.state.map(lambda part: part.to(self.device))
+        keys, values = self._decode(state, self.ledger.layout)
+        padding = self.ledger.padding()
+        if padding is not None:
+            padding = upload(padding, self.device)[:, None, :, None]
+            keys, values = keys.masked_fill_(padding, 0), values.masked_fill_(padding, 0)
+        return keys, values
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys, decoded anew each time; None before the first token."""
+        return self.dequantize()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values, decoded anew each time; None before the first token."""
+        return self.dequantize()[1] if self.is_initialized else None
+
+    # -- offloading ----------------------------------------------------------------------------------------------
+
+    def _is_away(self) -> bool:
+        return self.is_initialized and self.state.tail_keys.device != self.device
+
+    def offload(self) -> None:
+        """Moves what is stored to the CPU."""
+        self.map(lambda part: part.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Moves what is stored back to the layer's device."""
+        if self._is_away():
+            self.map(lambda part: part.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         """Forgets everything."""
         self.state = self.compressor = self.tables = self._handed = None
-        self.columns, self._num_flushes, self.is_initialized = 0, 0, False
+        self.is_initialized = False
 
     def __repr__(self) -> str:
         return f"DeltaKVLayer(layer_idx={self.layer_idx}, columns={self.columns})"
@@ -323,6 +397,11 @@ def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if held.shape[2] == 0:
         return new
     return held if new.shape[2] == 0 else torch.cat([held, new], dim=2)
+
+
+def _widen(held: torch.Tensor, width: int) -> torch.Tensor:
+    """`[batch, heads, n, head_dim]` -> `[batch, heads, width, head_dim]`, cut or filled with zeros at the end."""
+    return torch.nn.functional.pad(held, (0, 0, 0, width - held.shape[2]))
 
 
 def _pick(source: torch.Tensor, rows, idx: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the ledger tells the layers: what to sort and compress in a forward, and where tokens stand between flushes."""
+"""What the ledger tells the layers: what to sort, compress and forget, and where tokens stand between flushes."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ class Flush:
     groups: list[FlushGroup]
     tail_idx: torch.Tensor | None
     tail_start: int = 0
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What every layer does when the newest columns are forgotten.
+
+    Attributes:
+        columns: columns that stay.
+        pending: of these, pending ones.
+        compressed: compressed tokens that stay, by row.
+        tail_lengths: tokens in each row's tail after it.
+        returned: rows that lose their last compressed token: their sinks go back to the tail.
+        num_dropped: compressed tokens that are forgotten, over all rows.
+    """
+
+    columns: int
+    pending: int
+    compressed: list[int]
+    tail_lengths: list[int]
+    returned: list[bool]
+    num_dropped: int
 
 
 @dataclass(frozen=True)

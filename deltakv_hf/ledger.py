@@ -8,6 +8,7 @@ the host from the masks of the calls; nothing here waits for the device except a
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from .config import DeltaKVConfig
 from .errors import CacheStateError
 from .hf_compat import HostCopy
-from .layout import Flush, FlushGroup, Layout, Step, stack
+from .layout import Crop, Flush, FlushGroup, Layout, Step, stack
+from .stats import CacheStats
 
 
 @dataclass
@@ -31,7 +33,8 @@ class TokenLedger:
         row_columns: column of each real token by row (CPU int64), or None while no padding was seen.
         layout: where tokens stand now.
         step: the running forward, until it has reached every layer.
-        num_layers, num_arrived: layers that share the ledger, and those that the running forward has reached.
+        num_layers, num_arrived: layers that share the ledger, and those that the running forward has been through.
+        stats: what the cache has done so far.
     """
 
     config: DeltaKVConfig
@@ -48,14 +51,19 @@ class TokenLedger:
     layout: Layout | None = None
     num_layers: int = 0
     num_arrived: int = 0
+    stats: CacheStats = field(default_factory=CacheStats)
     _noted: list[torch.Tensor | None] = field(default_factory=list)
+    _thread: int | None = None
     _settled: int = 0
     _arriving: HostCopy | None = None
 
     def note_mask(self, attention_mask: object, outermost: bool) -> None:
         """Takes the mask argument of the coming forward; modules inside the outermost one do not override it."""
+        if outermost:
+            self.check_whole()
         if outermost or not self._noted:
             self._noted = [attention_mask]
+            self._thread = threading.get_ident()
 
     def arrive(self, columns: int, batch_size: int, query_length: int) -> Step:
         """A layer that holds `columns` columns comes with new tokens; the first one opens the forward for all.
@@ -67,27 +75,53 @@ class TokenLedger:
         Returns:
             What every layer does in this forward.
         """
+        if self._thread not in (None, threading.get_ident()):
+            raise CacheStateError(
+                "one cache must serve one forward at a time, but another thread has begun one: make a cache for each, "
+                "`copy.deepcopy(cache)` if they share a prompt."
+            )
         if self.step is None:
-            self.step = self._begin(batch_size, query_length, self._noted.pop() if self._noted else None)
-            self.num_arrived = 0
+            self._open(batch_size, query_length)
         step = self.step
         if columns != step.past or query_length != step.query_length:
             raise CacheStateError(
                 f"a layer holds {columns} columns and got {query_length} new ones, but the running forward adds "
                 f"{step.query_length} to {step.past} in every layer: an earlier forward was broken off, or "
-                "two forwards share the cache. Call `cache.reset()` and feed the tokens again."
+                f"two forwards share the cache. {self._way_out()}"
             )
+        return step
+
+    def depart(self) -> None:
+        """A layer has stored its new tokens; the last one closes the forward."""
         self.num_arrived += 1
         if self.num_arrived == self.num_layers:
-            self.step = None
-        return step
+            self.close()
+            self.stats = self.stats.plus(forwards=1)
+
+    def close(self) -> None:
+        """Ends the running forward."""
+        self.step = self._thread = None
+
+    def _open(self, batch_size: int, query_length: int) -> None:
+        before = dict(vars(self))
+        try:
+            mask = self._noted.pop() if self._noted else None
+            self.step, self.num_arrived = self._begin(batch_size, query_length, mask), 0
+        except BaseException:
+            # refused or interrupted: nothing has happened (no count is changed in place)
+            vars(self).update(before)
+            raise
+
+    def _way_out(self) -> str:
+        past = self.columns if self.step is None else self.step.past
+        return f"Go back to {past} columns with `cache.crop(...)`, or call `cache.reset()` and feed the tokens again."
 
     def check_length(self, layer_idx: int, length: int) -> None:
         """Raises if a layer of the host holds another number of columns than ours."""
         if length != self.columns:
             raise CacheStateError(
                 f"every layer must hold the same {self.columns} columns, but layer {layer_idx} holds {length}: a "
-                "forward was broken off. Call `cache.reset()` and feed the tokens again."
+                f"forward was broken off. {self._way_out()}"
             )
 
     def tensors(self) -> list[torch.Tensor]:
@@ -103,7 +137,7 @@ class TokenLedger:
         if self.step is not None:
             raise CacheStateError(
                 f"the last forward must have reached all {self.num_layers} layers, but it stopped after "
-                f"{self.num_arrived}. Call `cache.reset()` and feed the tokens again."
+                f"{self.num_arrived} (or is still running). {self._way_out()}"
             )
 
     def _begin(self, batch_size: int, query_length: int, attention_mask: object) -> Step:
@@ -163,10 +197,7 @@ class TokenLedger:
             if fresh.all():
                 return
             self.row_columns = [torch.arange(self._settled) for _ in range(self.batch_size)]
-        held = torch.zeros_like(old)
-        for row, columns in enumerate(self.row_columns):
-            held[row, columns] = True
-        if (old & ~held).any():
+        if (old & self.padding()[:, : self._settled]).any():
             raise CacheStateError(
                 "`attention_mask` must not turn a column to 1 that was 0 when it was fed: padding is not stored. Feed "
                 "these tokens again after `reset()`."
@@ -174,6 +205,15 @@ class TokenLedger:
         self.row_columns = [
             torch.cat([c, fresh[row].nonzero().flatten() + self._settled]) for row, c in enumerate(self.row_columns)
         ]
+
+    def padding(self) -> torch.Tensor | None:
+        """Bool `[batch, columns]` on the CPU, True where a row has padding; None while none was seen."""
+        if self.row_columns is None:
+            return None
+        padding = torch.ones(self.batch_size, self.columns, dtype=torch.bool)
+        for row, columns in enumerate(self.row_columns):
+            padding[row, columns] = False
+        return padding
 
     def canonical(self, num_tokens: int) -> int:
         """Compressed tokens of a row that has seen `num_tokens`: whole blocks beyond sinks and window."""
@@ -191,6 +231,7 @@ class TokenLedger:
             return None
         flush = self._even_flush(targets[0]) if self.row_columns is None else self._ragged_flush(targets)
         self.num_flushes += 1
+        self.stats = self.stats.plus(encoded_tokens=sum(targets) - sum(self.compressed))
         self.compressed, self.merged = targets, self.columns
         self._relayout()
         return flush
@@ -240,31 +281,44 @@ class TokenLedger:
         self.batch_size = batch_size
         self._relayout()
 
-    def crop(self, num_columns: int) -> list[int]:
-        """Forgets the last `num_columns` columns; returns how many tail tokens each row loses (pending ones apart)."""
+    def crop(self, keep: int) -> Crop:
+        """Forgets columns `keep ..`, compressed tokens included; returns what every layer does."""
         self.settle()
-        keep = self.columns - num_columns
-        lost = [max(0, self.merged - keep)] * self.batch_size
-        if self.row_columns is not None:
-            lost = [int(((c >= keep) & (c < self.merged)).sum()) for c in self.row_columns]
-        for row, count in enumerate(lost):
-            if count > self.tail_lengths[row]:
-                raise CacheStateError(
-                    f"`crop` must stay within the raw tail: row {row} has {self.tail_lengths[row]} raw tokens there, "
-                    f"got {count} to remove. Use a larger `recent_window`, or `reset()` and feed the kept tokens."
-                )
+        kept = [keep] * self.batch_size
         if self.row_columns is not None:
             self.row_columns = [c[c < keep] for c in self.row_columns]
-            self.seen = [len(c) for c in self.row_columns]
-        else:
-            self.seen = [keep] * self.batch_size
-        self.tail_lengths = [n - k for n, k in zip(self.tail_lengths, lost, strict=True)]
-        if self.row_columns is None:
-            self.tail_width -= lost[0] if lost else 0
+            kept = [len(c) for c in self.row_columns]
+        merged = min(self.merged, keep)
+        crop = self._plan_crop(keep, merged, kept)
+        cropped, dropped = self.columns - keep, crop.num_dropped
+        self.stats = self.stats.plus(
+            crops=cropped > 0, cropped_columns=cropped, deep_crops=dropped > 0, dropped_tokens=dropped
+        )
+        self.seen, self.compressed, self.tail_lengths = kept, crop.compressed, crop.tail_lengths
+        self.tail_width = max(crop.tail_lengths, default=0)
         self.columns = self._settled = keep
-        self.merged = min(self.merged, keep)
+        self.merged = merged
         self._relayout()
-        return lost
+        return crop
+
+    def _plan_crop(self, keep: int, merged: int, kept: list[int]) -> Crop:
+        sinks = self.config.num_sink_tokens
+        compressed, tail_lengths, returned = [], [], []
+        for row, num_tokens in enumerate(kept):
+            in_tail = num_tokens - self._num_pending(row, merged, keep)
+            before = self.compressed[row]
+            after = min(before, max(0, in_tail - sinks))
+            compressed.append(after)
+            # a row without compressed tokens keeps its sinks in the tail
+            tail_lengths.append(in_tail - after - (sinks if after else 0))
+            returned.append(before > 0 and after == 0)
+        num_dropped = sum(self.compressed) - sum(compressed)
+        return Crop(keep, keep - merged, compressed, tail_lengths, returned, num_dropped)
+
+    def _num_pending(self, row: int, merged: int, keep: int) -> int:
+        if self.row_columns is None:
+            return keep - merged
+        return int((self.row_columns[row] >= merged).sum())
 
 
 def _describe(value: object) -> str:

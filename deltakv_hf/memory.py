@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import host_layers
+
 PARTS = (
     "sinks",
     "recent window",
@@ -76,7 +78,7 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
     dense, compressed = 0, 0
     for layer in layers:
         if not hasattr(layer, "state"):
-            size = held_bytes(_tensors(vars(layer)))
+            size = held_bytes(host_layers.tensors(layer))
             parts["host layers"] += size
             dense += size
         elif layer.state is not None:
@@ -94,10 +96,3 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
     parts["RoPE tables"] = held_bytes(t for tables in registry.tables for t in (tables.cos, tables.sin))
     parts["bookkeeping"] = held_bytes(ledger.tensors() + extra)
     return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed)
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    """Tensors in an attribute dict of a host layer."""
-    if torch.is_tensor(value):
-        return [value]
-    return [t for item in value.values() for t in _tensors(item)] if isinstance(value, dict) else []

@@ -121,6 +121,11 @@ class RopeTables:
         if self.cos is not None and self.cos.shape[0] > 1:
             self.cos, self.sin = change(self.cos), change(self.sin)
 
+    def pad(self, columns: int) -> None:
+        """Repeats the last column up to `columns`."""
+        missing = columns - self.columns
+        self.cos, self.sin = (torch.cat([t, t[:, -1:].expand(-1, missing, -1)], dim=1) for t in (self.cos, self.sin))
+
     def crop(self, columns: int) -> None:
         """Keeps the first `columns` columns."""
         if self.cos is not None:

@@ -126,8 +126,7 @@ def dense(view: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.
 
 def state_tensors(layer: DeltaKVLayer) -> dict[str, torch.Tensor]:
     """Every tensor of a layer's state by name, those of the store included."""
-    raw = {f.name: getattr(layer.state, f.name) for f in fields(layer.state) if f.name != "store"}
-    return raw | {f.name: getattr(layer.state.store, f.name) for f in fields(layer.state.store)}
+    return layer.state.raw() | {f.name: getattr(layer.state.store, f.name) for f in fields(layer.state.store)}
 
 
 def row_records(cache: DeltaKVCache, layer_idx: int, row: int) -> dict[str, torch.Tensor]:

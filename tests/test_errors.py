@@ -1,11 +1,12 @@
 """Bad input raises one of the package's errors, which names the argument and the value: never a wrong answer."""
 
 import re
+import threading
 
 import pytest
 import torch
 import transformers as tf
-from helpers import TIGHT, feed, full_cache, greedy, left_padded, make_tokens, prompt
+from helpers import TIGHT, assert_same_state, feed, full_cache, greedy, left_padded, make_tokens, prompt
 from models import CONFIGS, MOE, SMALL, build, new_model, tiny_model
 
 from deltakv_hf import (
@@ -259,15 +260,16 @@ def test_forward_after_a_broken_off_one(stage, at):
     assert torch.equal(greedy(model, prompt(), cache), expected)
 
 
-@pytest.mark.parametrize("operation", ["flush", "crop", "reorder", "select", "repeat"])
+@pytest.mark.parametrize("operation", ["flush", "crop in part", "reorder", "select", "repeat", "dequantize"])
 def test_other_calls_after_a_broken_off_forward(operation):
     model = tiny_model("llama-4-layers")
     cache = DeltaKVCache(model, **TIGHT)
     model(prompt(2), past_key_values=cache)
-    broken_off(model, cache, prompt(2, 1), 1)
+    broken_off(model, cache, prompt(2, 3), 1)
     calls = {
         "flush": cache.flush,
-        "crop": lambda: cache.crop(-1),
+        "crop in part": lambda: cache.crop(-1),
+        "dequantize": lambda: cache.dequantize(0),
         "reorder": lambda: cache.reorder_cache(torch.tensor([1, 0])),
         "select": lambda: cache.batch_select_indices(torch.tensor([1])),
         "repeat": lambda: cache.batch_repeat_interleave(2),
@@ -284,6 +286,49 @@ def test_forward_after_one_that_broke_off_in_a_layer_of_the_host():
     broken_off(model, cache, prompt(1, 1), 0)
     with pytest.raises(CacheStateError):
         model(prompt(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("past", [0, 48])
+def test_one_cache_in_two_forwards_at_once(past):
+    """The second forward is refused; the first ends as if it had been alone."""
+    model = tiny_model("llama-4-layers")
+    cache, alone = DeltaKVCache(model, **TIGHT), DeltaKVCache(model, **TIGHT)
+    for held in (cache, alone) if past else ():
+        model(prompt(1, past), past_key_values=held)
+    refused = []
+
+    def second():
+        try:
+            model(prompt(1, 5), past_key_values=cache)
+        except CacheStateError as error:
+            refused.append(str(error))
+
+    def meanwhile(*args):
+        handle.remove()
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(meanwhile)
+    got = model(prompt(1, 5, seed=1), past_key_values=cache).logits
+    assert len(refused) == 1 and "still running" in refused[0]
+    assert torch.equal(got, model(prompt(1, 5, seed=1), past_key_values=alone).logits)
+    assert_same_state(cache, alone)
+
+
+def test_two_forwards_that_begin_before_either_reaches_a_layer():
+    model = tiny_model("llama")
+    cache = DeltaKVCache(model, **TIGHT)
+
+    def other_begins(*args):
+        handle.remove()
+        thread = threading.Thread(target=cache.note_forward, args=(model, None))
+        thread.start()
+        thread.join()
+
+    handle = model.model.embed_tokens.register_forward_pre_hook(other_begins)
+    with pytest.raises(CacheStateError, match="one forward at a time"):
+        model(prompt(), past_key_values=cache)
 
 
 def test_tables_are_asked_for():

@@ -56,6 +56,14 @@ class DirectStore:
             changed[field.name] = _write(getattr(self, field.name), getattr(new, field.name), rows, start)
         return replace(self, **changed)
 
+    def cut(self, num_references: int, num_residuals: int) -> DirectStore:
+        """The first records of every row, in memory of their own."""
+        changed = {}
+        for field in fields(self):
+            count = num_references if field.name in ("reference_codes", "reference_levels") else num_residuals
+            changed[field.name] = getattr(self, field.name)[:, :count].clone()
+        return DirectStore(**changed)
+
 
 def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int) -> torch.Tensor:
     stop = start + new.shape[1]
@@ -150,6 +158,11 @@ class DirectCompressor:
         names = [field.name for field in fields(DirectStore)]
         new = DirectStore(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
         return store.write(new, rows, num_references, num_residuals)
+
+    def cut(self, store: DirectStore, count: int) -> DirectStore:
+        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
+        num_references = self.lattice.count(count)
+        return store.cut(num_references, count - num_references)
 
     def references(self, store: DirectStore) -> torch.Tensor:
         """All references as decoded, `[batch, num_references, width]` float32."""
