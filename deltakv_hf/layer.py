@@ -171,7 +171,7 @@ class DeltaKVLayer(CacheLayerMixin):
                 f"{step.query_length}, width], got {tuple(cos.shape)}."
             )
         if self.tables is None:
-            self.tables = self._registry.find(self.form, cos)
+            self.tables = self._registry.find(self.form, cos, sin)
         self.tables.extend(cos, sin, step.past)
 
     def _lazy_view(self, state: LayerState, layout: Layout):

@@ -66,10 +66,12 @@ class RopeTables:
 
     Attributes:
         cos, sin: `[1 or batch, columns, n/2]` in the model's dtype.
+        by_content: whether layers share them that were handed equal tensors, but not the same one.
     """
 
     def __init__(self, form: RopeForm):
         self.form = form
+        self.by_content = False
         self.cos: torch.Tensor | None = None
         self.sin: torch.Tensor | None = None
         self._last = None
@@ -82,12 +84,18 @@ class RopeTables:
         """Whether `cos` is the very tensor that was added last (layers of one type are handed one tensor)."""
         return self._last is not None and self._last() is cos
 
+    def is_equal(self, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """Whether what is held is what `cos` and `sin` would give."""
+        return torch.equal(self.cos, self.form.angles(cos)) and torch.equal(self.sin, self.form.angles(sin))
+
     def extend(self, cos: torch.Tensor, sin: torch.Tensor, past: int) -> None:
         """Appends the tables of a forward, `[1 or batch, q, width]`; a second layer with the same ones adds nothing."""
         if self.is_last(cos):
             if self.columns == past + cos.shape[1]:
                 return
             raise CacheStateError("the RoPE tables of a forward must be new, got those of the forward before again.")
+        if self.by_content and self.columns == past + cos.shape[1]:
+            return
         if self.columns != past:
             raise CacheStateError(
                 f"the RoPE tables of this forward must follow column {past}, but tables for {self.columns} columns are "
@@ -134,15 +142,21 @@ class RopeTables:
 
 
 class RopeRegistry:
-    """The tables of one cache: layers that were handed the same tensor in their first forward share one copy."""
+    """The tables of one cache: layers that were handed the same ones in their first forward share one copy."""
 
     def __init__(self):
         self.tables: list[RopeTables] = []
 
-    def find(self, form: RopeForm, cos: torch.Tensor) -> RopeTables:
-        """Tables to which `cos` was just added by another layer of the same form, or new ones."""
-        for tables in self.tables:
-            if tables.form == form and tables.is_last(cos):
+    def find(self, form: RopeForm, cos: torch.Tensor, sin: torch.Tensor) -> RopeTables:
+        """Tables to which `cos` and `sin` were just added by another layer of the same form, or new ones."""
+        known = [tables for tables in self.tables if tables.form == form]
+        for tables in known:
+            if tables.is_last(cos):
+                return tables
+        # a model that is split over devices hands each layer a copy
+        for tables in known:
+            if tables.cos.device == cos.device and tables.is_equal(cos, sin):
+                tables.by_content = True
                 return tables
         self.tables.append(RopeTables(form))
         return self.tables[-1]

@@ -1,5 +1,7 @@
 """What only a GPU can show: memory as the allocator sees it, and a host that never waits."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -98,3 +100,59 @@ def test_stored_bytes_are_those_of_the_cpu(model):
     assert torch.equal(states[0].store.reference_idx, states[1].store.reference_idx)
     for name in ("reference_codes", "reference_levels", "residual_codes", "residual_levels"):
         assert torch.equal(getattr(states[0].store, name), getattr(states[1].store, name)), name
+
+
+def generated(model, cache, **options):
+    ids = torch.arange(1, 601, device="cuda")[None] % 1000
+    options = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40} | options
+    return model.generate(ids, past_key_values=cache, **options)
+
+
+SMALL_CACHE = dict(recent_window=32, block_size=16)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_offloaded_layers_live_on_the_host_and_give_the_same_tokens(model, beams):
+    cache = DeltaKVCache(model, offloading=True, **SMALL_CACHE)
+    tokens = generated(model, cache, num_beams=beams)
+    assert torch.equal(tokens, generated(model, DeltaKVCache(model, **SMALL_CACHE), num_beams=beams))
+    places = [layer.state.store.residual_codes.device.type for layer in cache.layers]
+    # the layer that the next forward begins with is fetched ahead
+    assert places.count("cpu") >= LAYERS - 1
+    cache.flush()
+    cache.crop(-300)
+    assert cache.dequantize(2)[0].shape[2] == cache.get_seq_length() == 339
+
+
+@torch.no_grad()
+def test_offloading_bounds_the_memory_of_the_device(model):
+    ids = torch.randint(1, 1000, (1, 20000), device="cuda")
+    held = {}
+    for offloading in (False, True):
+        baseline = torch.cuda.memory_allocated()
+        cache = DeltaKVCache(model, offloading=offloading)
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :1], past_key_values=cache)
+        torch.cuda.synchronize()
+        held[offloading] = torch.cuda.memory_allocated() - baseline
+        del cache
+    # one layer and the RoPE tables stay
+    assert held[True] < held[False] * 2 / LAYERS
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [dict(recent_window=4096), SMALL_CACHE], ids=["lossless", "lossy"])
+def test_a_model_split_over_gpus(model, options):
+    accelerate = pytest.importorskip("accelerate")
+    whole = generated(model, DeltaKVCache(model, **options))
+    split = accelerate.dispatch_model(
+        copy.deepcopy(model),
+        {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+        | {f"model.layers.{i}": int(i >= LAYERS // 2) for i in range(LAYERS)},
+    )
+    cache = DeltaKVCache(split, **options)
+    assert torch.equal(generated(split, cache), whole)
+    devices = [layer.state.store.residual_codes.device.index for layer in cache.layers]
+    assert devices == [int(i >= LAYERS // 2) for i in range(LAYERS)]
+    # layers of one device share their tables, although each was handed a copy
+    assert len(cache._registry.tables) == 2

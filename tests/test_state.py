@@ -19,7 +19,9 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from models import tiny_model
 
+from deltakv_hf import DeltaKVCache
 from deltakv_hf.compressor import direct
 
 lengths = st.integers(1, 60)
@@ -231,3 +233,28 @@ def test_prompt_can_be_shorter_than_the_sinks():
     cache = driven(make_tokens(3), num_sink_tokens=5)
     assert cache.get_seq_length() == 3 and cache.layers[0].state.tail_keys.shape[2] == 3
     assert_same_tensors(row_records(cache, 0, 0), row_records(driven(make_tokens(3), [1, 2], num_sink_tokens=5), 0, 0))
+
+
+def test_layers_that_are_handed_copies_of_the_tables_share_them():
+    """As in a model that is split over devices."""
+    tokens, model = make_tokens(40), tiny_model("llama")
+    cache = DeltaKVCache(model, **TIGHT)
+    for start, stop in ((0, 30), (30, 31), (31, 40)):
+        part = tokens.columns(slice(start, stop))
+        cache._ledger.note_mask(None, outermost=True)
+        for layer_idx, layer in enumerate(cache.layers):
+            layer.receive_tables(part.cos.clone(), part.sin.clone())
+            cache.update(part.keys[layer_idx].clone(), part.values[layer_idx].clone(), layer_idx)
+    assert len(cache._registry.tables) == 1
+    cache.flush()
+    assert_same_state(cache, driven(tokens))
+
+
+def test_layers_that_are_handed_other_tables_do_not_share_them():
+    tokens, model = make_tokens(40), tiny_model("llama")
+    cache = DeltaKVCache(model, **TIGHT)
+    cache._ledger.note_mask(None, outermost=True)
+    for layer_idx, layer in enumerate(cache.layers):
+        layer.receive_tables(tokens.cos[:, :, :] if layer_idx else -tokens.cos, tokens.sin)
+        cache.update(tokens.keys[layer_idx].clone(), tokens.values[layer_idx].clone(), layer_idx)
+    assert len(cache._registry.tables) == 2
