@@ -7,7 +7,7 @@ The shared `TokenLedger` has decided, once per forward, what is to be sorted and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 
@@ -18,43 +18,10 @@ from .layout import Crop, Flush, FlushGroup, Layout, Step, View
 from .lazy import lazy_pair
 from .ledger import TokenLedger
 from .rope import RopeForm, RopeTables
+from .state import LayerState, append, gather, pick_tokens, write_rows
 
 # working memory of a decode; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
 SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**27}
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """Tensors of one layer. Raw parts are as received, keys after rotation.
-
-    Attributes:
-        sink_keys, sink_values: `[batch, num_key_value_heads, 0 or num_sink_tokens, head_dim]`.
-        tail_keys, tail_values: `[batch, num_key_value_heads, tail_width, head_dim]`, rows left-aligned.
-        pending_keys, pending_values: `[batch, num_key_value_heads, columns, head_dim]`, newest columns, pads included.
-        store: packed tokens.
-        columns: columns that the parts stand for.
-        num_flushes: flushes done.
-    """
-
-    sink_keys: torch.Tensor
-    sink_values: torch.Tensor
-    tail_keys: torch.Tensor
-    tail_values: torch.Tensor
-    pending_keys: torch.Tensor
-    pending_values: torch.Tensor
-    store: DirectStore
-    columns: int = 0
-    num_flushes: int = 0
-
-    def raw(self) -> dict[str, torch.Tensor]:
-        """The raw parts by name."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: part for name, part in held.items() if isinstance(part, torch.Tensor)}
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerState:
-        """A state whose every tensor, the store's included, is `change(tensor)`."""
-        changed = {name: change(part) for name, part in self.raw().items()}
-        return replace(self, **changed, store=self.store.map(change))
 
 
 class DeltaKVLayer(CacheLayerMixin):
@@ -135,8 +102,8 @@ class DeltaKVLayer(CacheLayerMixin):
             self.state = self._flushed(self.state, step.before)
         state = replace(
             self.state,
-            pending_keys=_append(self.state.pending_keys, key_states),
-            pending_values=_append(self.state.pending_values, value_states),
+            pending_keys=append(self.state.pending_keys, key_states),
+            pending_values=append(self.state.pending_values, value_states),
             columns=step.past + step.query_length,
         )
         view = self._lazy_view(state, step.layout) if step.past else (key_states, value_states)
@@ -193,20 +160,20 @@ class DeltaKVLayer(CacheLayerMixin):
     def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
         if flush.number != state.num_flushes + 1:
             raise CacheStateError(f"layer {self.layer_idx} missed a flush; call `cache.reset()`.")
-        keys, values = _append(state.tail_keys, state.pending_keys), _append(state.tail_values, state.pending_values)
+        keys, values = append(state.tail_keys, state.pending_keys), append(state.tail_values, state.pending_values)
         idx = None if flush.source_idx is None else upload(flush.source_idx, self.device)
         sinks, store = (state.sink_keys, state.sink_values), state.store
         for group in flush.groups:
             rows = slice(None) if group.rows is None else upload(torch.tensor(group.rows), self.device)
             if group.start == 0 and group.offset:
                 sinks = tuple(
-                    _write_rows(held, _pick(source, rows, idx, 0, group.offset), rows)
+                    write_rows(held, pick_tokens(source, rows, idx, 0, group.offset), rows)
                     for held, source in zip(sinks, (keys, values), strict=True)
                 )
 
             def read(start: int, stop: int, group=group, rows=rows) -> torch.Tensor:
                 offset = group.offset - group.start
-                pieces = [_pick(source, rows, idx, start + offset, stop + offset) for source in (keys, values)]
+                pieces = [pick_tokens(source, rows, idx, start + offset, stop + offset) for source in (keys, values)]
                 return self._join(*pieces, group, rows, start, stop)
 
             store = self.compressor.append(store, group.rows, group.start, group.stop, read)
@@ -214,7 +181,7 @@ class DeltaKVLayer(CacheLayerMixin):
             tail = [source[:, :, flush.tail_start :].clone() for source in (keys, values)]
         else:
             tail_idx = upload(flush.tail_idx, self.device)
-            tail = [_gather(source, tail_idx) for source in (keys, values)]
+            tail = [gather(source, tail_idx) for source in (keys, values)]
         empty = [part[:, :, :0].clone() for part in tail]
         return LayerState(*sinks, *tail, *empty, store, state.columns, flush.number)
 
@@ -257,7 +224,7 @@ class DeltaKVLayer(CacheLayerMixin):
         first_pending = total - state.pending_keys.shape[2]
         pending = torch.arange(first_pending, total, device=self.device).expand(batch, -1)
         slots = torch.cat([view.slots, pending], dim=1)
-        return _gather(keys, slots), _gather(values, slots)
+        return gather(keys, slots), gather(values, slots)
 
     def _decode_store(self, store: DirectStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Decodes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
@@ -326,24 +293,7 @@ class DeltaKVLayer(CacheLayerMixin):
     def crop_to(self, crop: Crop) -> None:
         """Forgets the newest columns, those in the store included: what stays of it keeps its codes."""
         if self.is_initialized:
-            self.state = self._cropped(self.state, crop)
-
-    def _cropped(self, state: LayerState, crop: Crop) -> LayerState:
-        width, store = max(crop.tail_lengths), state.store
-        parts = {name: part[:, :, : crop.pending].clone() for name, part in state.raw().items() if "pending" in name}
-        for kind in ("keys", "values"):
-            sink, tail = getattr(state, f"sink_{kind}"), getattr(state, f"tail_{kind}")
-            if any(crop.returned):
-                returned = upload(torch.tensor(crop.returned), tail.device)[:, None, None, None]
-                tail = torch.where(returned, _widen(sink, width), _widen(tail, width))
-            if width < tail.shape[2]:
-                tail = tail[:, :, :width].clone()
-            if not any(crop.compressed):
-                sink = sink[:, :, :0].clone()
-            parts |= {f"sink_{kind}": sink, f"tail_{kind}": tail}
-        if crop.num_dropped:
-            store = self.compressor.cut(store, max(crop.compressed))
-        return replace(state, **parts, store=store, columns=crop.columns)
+            self.state = self.state.crop(crop, self.compressor.cut)
 
     def dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys (rotated) and values `[batch, num_key_value_heads, columns, head_dim]`, padding zero."""
@@ -390,38 +340,3 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"DeltaKVLayer(layer_idx={self.layer_idx}, columns={self.columns})"
-
-
-def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Joins along tokens without copying where one side is empty."""
-    if held.shape[2] == 0:
-        return new
-    return held if new.shape[2] == 0 else torch.cat([held, new], dim=2)
-
-
-def _widen(held: torch.Tensor, width: int) -> torch.Tensor:
-    """`[batch, heads, n, head_dim]` -> `[batch, heads, width, head_dim]`, cut or filled with zeros at the end."""
-    return torch.nn.functional.pad(held, (0, 0, 0, width - held.shape[2]))
-
-
-def _pick(source: torch.Tensor, rows, idx: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-    """Tokens `start .. stop - 1` of `rows`, in each row's own order: `[rows, heads, stop - start, head_dim]`."""
-    if idx is None:
-        return source[rows, :, start:stop]
-    return _gather(source[rows], idx[rows, start:stop])
-
-
-def _gather(source: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-    """source `[batch, heads, n, head_dim]`, idx `[batch, m]` -> `[batch, heads, m, head_dim]`."""
-    return source.gather(2, idx[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3]))
-
-
-def _write_rows(held: torch.Tensor, new: torch.Tensor, rows) -> torch.Tensor:
-    """Sinks of `rows` become `new`; the first to arrive makes room for every row."""
-    if isinstance(rows, slice):
-        return new.clone()
-    if held.shape[2] == 0:
-        held = held.new_zeros(held.shape[0], held.shape[1], new.shape[2], held.shape[3])
-    written = held.clone()
-    written[rows] = new
-    return written
