@@ -19,7 +19,9 @@ from .layer import DeltaKVLayer
 from .lazy import LazyStates
 from .ledger import TokenLedger
 from .memory import MemoryReport, report
+from .prompt import SavedPrompt
 from .rope import RopeRegistry
+from .saving import load, save
 from .support import check_config, check_length, longrope_switch
 
 
@@ -46,6 +48,9 @@ class DeltaKVCache(Cache):
     print(cache.memory_report())
     ```
     """
+
+    # of a cache that was loaded: the ids in the file
+    saved_prompt: SavedPrompt | None = None
 
     def __init__(self, model: PreTrainedModel | PretrainedConfig, **options):
         self.options = DeltaKVConfig.from_options(options)
@@ -222,6 +227,41 @@ class DeltaKVCache(Cache):
             layer.map(change)
         for tables in self._registry.tables:
             tables.map(change)
+
+    def save(self, path, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+        """Writes everything held to one safetensors file, whole or not at all; the cache stays as it is.
+
+        Args:
+            path: of the file; an old one is replaced.
+            input_ids: ids that were fed, `[batch, at least the columns seen]`, kept in the file as far as the cache has
+                seen them (`generate` returns one token more). Rows of different length go by the padding seen.
+            attention_mask: `[batch, columns]` of the padding in `input_ids`, for a model none of whose layers is
+                compressed: only then the cache has not seen it. Missing columns at the end are real ones.
+
+        Raises:
+            CacheStateError: the last forward was broken off, or a layer holds what cannot be saved.
+            InvalidOptionError: `path`, `input_ids` or `attention_mask` does not fit.
+        """
+        save(self, path, input_ids, attention_mask)
+
+    @classmethod
+    def load(cls, path, model: PreTrainedModel | PretrainedConfig, input_ids: torch.Tensor | None = None):
+        """The cache that `save` wrote, for the same model; its options are the saved ones.
+
+        Args:
+            path: of the file.
+            model: the model (or bare config) of the saved cache, in this process.
+            input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
+
+        Returns:
+            A cache in memory of its own, on the devices where the layers of `model` run. Its `saved_prompt` is the
+            `SavedPrompt` of the file, or None if it was saved without ids.
+
+        Raises:
+            CacheStateError: the file is damaged, of something else, of another model, class or version.
+            InvalidOptionError: no such file, or `input_ids` differ from the saved ones.
+        """
+        return load(cls, path, model, input_ids)
 
     def __repr__(self) -> str:
         own = len(self.own_layers)
