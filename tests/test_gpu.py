@@ -98,3 +98,26 @@ def test_stored_bytes_are_those_of_the_cpu(model):
     assert torch.equal(states[0].store.reference_idx, states[1].store.reference_idx)
     for name in ("reference_codes", "reference_levels", "residual_codes", "residual_levels"):
         assert torch.equal(getattr(states[0].store, name), getattr(states[1].store, name)), name
+
+
+def test_a_saved_cache_changes_the_device(tmp_path):
+    """Saved on the GPU, it goes on there bit for bit; on the CPU it has the same bytes."""
+    model, host = new_model("gemma3").cuda(), new_model("gemma3")
+    cache = DeltaKVCache(model, **TIGHT)
+    inputs = {name: part.cuda() for name, part in left_padded([60, 41]).items()}
+    ids = greedy(model, inputs, cache)
+    cache.save(tmp_path / "cache", input_ids=ids)
+    loaded = DeltaKVCache.load(tmp_path / "cache", model, input_ids=ids)
+    moved = DeltaKVCache.load(tmp_path / "cache", host)
+    for other in (loaded, moved):
+        for a, b in zip(cache.own_layers, other.own_layers, strict=True):
+            assert_same_tensors(*({k: v.cpu() for k, v in state_tensors(layer).items()} for layer in (a, b)))
+    assert loaded.own_layers[0].state.tail_keys.is_cuda and loaded.layers[0].keys.is_cuda
+    mask = torch.ones_like(ids)
+    mask[:, :60] = inputs["attention_mask"]
+    logits = [model(ids[:, -1:], attention_mask=mask, past_key_values=c).logits for c in (cache, loaded)]
+    assert torch.equal(*logits)
+    moved.save(tmp_path / "cache")
+    back = host(ids[:, -1:].cpu(), attention_mask=mask.cpu(), past_key_values=moved).logits
+    assert (back - logits[0].cpu()).abs().max() < 1e-3
+    assert DeltaKVCache.load(tmp_path / "cache", model).layers[0].keys.is_cuda
