@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from helpers import TIGHT, assert_same_tensors, greedy, left_padded, state_tensors
+from models import new_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltakv_hf import DeltaKVCache
