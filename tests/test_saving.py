@@ -1,6 +1,7 @@
 """A saved cache goes on bit for bit in another process, and whatever is not that cache is refused."""
 
 import copy
+import json
 import os
 import resource
 import subprocess
@@ -484,6 +485,21 @@ def test_flipped_bytes(small):
     DeltaKVCache.load(path, model)
 
 
+@pytest.mark.parametrize("old, new", [("shape", ""), ('"F32"', '"I32"'), ("residual_codes", "residual_sedoc")])
+def test_header_that_tells_another_story(small, old, new):
+    """Bytes and their number are right, only what they are is not."""
+    path, model = small
+    whole = path.read_bytes()
+    if old == "shape":
+        shape = list(read_archive(path)[1]["layers.1.state.tail_keys"].shape)
+        old, new = (json.dumps(numbers, separators=(",", ":")) for numbers in (shape, shape[::-1]))
+    changed = whole.replace(old.encode(), new.encode())
+    assert changed != whole and len(changed) == len(whole)
+    path.write_bytes(changed)
+    with pytest.raises(CacheStateError, match="checksum"):
+        DeltaKVCache.load(path, model)
+
+
 def test_no_safetensors_file(tmp_path):
     for content in (b"PK\x03\x04" * 100, b"\xff" * 300, b"\x08" + bytes(7) + b"[1,2,3] "):
         (tmp_path / "cache").write_bytes(content)
@@ -583,6 +599,11 @@ CONTENT_CHANGES = {
     "seen": lambda content, tensors: put(content, "ledger", "seen", [34, 50, 3]),
     "compressed": lambda content, tensors: put(content, "ledger", "compressed", [20, 40, 0]),
     "rows": lambda content, tensors: put(content, "ledger", "tail_lengths", [9, 8]),
+    "tail lengths": lambda content, tensors: put(content, "ledger", "tail_lengths", 0, 1),
+    "short stores": lambda content, tensors: tensors.update(
+        {name: tensor[:, :4] for name, tensor in tensors.items() if ".residual_" in name or ".reference_idx" in name}
+        | {name: tensor[:, :2] for name, tensor in tensors.items() if ".store.reference_" in name and "idx" not in name}
+    ),
     "tail width": lambda content, tensors: put(content, "ledger", "tail_width", 2),
     "merged": lambda content, tensors: put(content, "ledger", "merged", 45),
     "layers of the ledger": lambda content, tensors: put(content, "ledger", "num_layers", 3),
