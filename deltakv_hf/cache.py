@@ -23,6 +23,7 @@ from .lazy import LazyStates
 from .ledger import TokenLedger
 from .memory import MemoryReport, report
 from .rope import RopeRegistry
+from .saving import SavedPrompt, load, save
 from .stats import CacheStats
 from .support import check_config, check_length, longrope_switch
 
@@ -53,6 +54,9 @@ class DeltaKVCache(Cache):
     print(cache.memory_report())
     ```
     """
+
+    # of a cache that was loaded: the ids in the file
+    saved_prompt: SavedPrompt | None = None
 
     def __init__(
         self,
@@ -105,7 +109,8 @@ class DeltaKVCache(Cache):
         if self._ledger.num_layers == 0:
             return
         for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            # a layer that stores nothing may share the keys of another
+            if isinstance(layer, DynamicLayer) and (layer.is_initialized or layer_idx in self._probes):
                 self._ledger.check_length(layer_idx, layer.get_seq_length())
         self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
 
@@ -243,7 +248,7 @@ class DeltaKVCache(Cache):
                 f"`crop` must take back the forward that was broken off and leave at most {broken.past} columns, got "
                 f"{keep}: crop by {keep - broken.past} more."
             )
-        if broken is not None and keep == 0:
+        if keep == 0:
             self.reset()
             return
         # the host's layers first: they may refuse
@@ -306,8 +311,55 @@ class DeltaKVCache(Cache):
 
         for layer in self.own_layers:
             layer.map(change)
+            if not any(ledger.compressed):
+                layer.drop_sinks()
         for tables in self._registry.tables:
             tables.map(change)
+
+    def save(self, path, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+        """Writes everything held to one safetensors file, whole or not at all; the cache stays as it is.
+
+        Args:
+            path: of the file; an old one is replaced.
+            input_ids: ids that were fed, `[batch, at least the columns seen]`, kept in the file as far as the cache has
+                seen them (`generate` returns one token more). Rows of different length go by the padding seen.
+            attention_mask: `[batch, columns]` of the padding in `input_ids`, for a model none of whose layers is
+                compressed: only then the cache has not seen it. Missing columns at the end are real ones.
+
+        Raises:
+            CacheStateError: the last forward was broken off, or a layer holds what cannot be saved.
+            InvalidOptionError: `path`, `input_ids` or `attention_mask` does not fit.
+        """
+        save(self, path, input_ids, attention_mask)
+
+    @classmethod
+    def load(
+        cls,
+        path,
+        model: PreTrainedModel | PretrainedConfig,
+        input_ids: torch.Tensor | None = None,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> DeltaKVCache:
+        """The cache that `save` wrote, for the same model; its options are the saved ones.
+
+        Args:
+            path: of the file.
+            model: the model (or bare config) of the saved cache, in this process.
+            input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
+            offloading, offload_only_non_sliding: as for `DeltaKVCache`.
+
+        Returns:
+            A cache in memory of its own, on the devices where the layers of `model` run. Its `saved_prompt` is the
+            `SavedPrompt` of the file, or None if it was saved without ids.
+
+        Raises:
+            CacheStateError: the file is damaged, of something else, of another model, class or version.
+            InvalidOptionError: no such file, or `input_ids` differ from the saved ones.
+        """
+        make = partial(cls, model, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        return load(cls, path, model, input_ids, make)
 
     # -- copies --------------------------------------------------------------------------------------------------
 

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives an empty file beside `path` to write to; it becomes `path` when the block ends, and goes if it raises.
+
+    Readers see the old file or the new one, never a part, also after a power cut.
+    """
+    # a link stays a link; a rename is only atomic within a folder
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    with open(temporary, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    try:
+        yield temporary
+        # the writer may have put a private file of its own here
+        os.chmod(temporary, mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # not every system lets a folder be opened
+    with suppress(OSError):
+        _sync(path.parent)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path`; readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 from packaging.version import Version
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "HostCopy",
     "check_versions",
+    "execution_device",
+    "host_version",
     "upload",
 ]
 
@@ -26,6 +29,25 @@ def check_versions() -> None:
             f"deltakv_hf needs transformers >=5.17,<6, got {transformers.__version__}: "
             'pip install "transformers>=5.17,<6".'
         )
+
+
+def host_version() -> str:
+    """The version of transformers."""
+    return transformers.__version__
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where a module runs: with its parameters, or where accelerate brings them; None if it has none."""
+    devices = {parameter.device for parameter in module.parameters()}
+    running = next((device for device in devices if device.type != "meta"), None)
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            target = getattr(single, "execution_device", None)
+            if running is None and target is not None:
+                # accelerate numbers GPUs
+                running = torch.device("cuda", target) if isinstance(target, int) else torch.device(target)
+    return running
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

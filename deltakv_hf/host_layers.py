@@ -49,7 +49,10 @@ def _snapshot(layer: object) -> dict[str, object]:
 
 
 def _crop(layer: object, columns: int, keep: int) -> None:
-    has_length = isinstance(layer, CacheLayerMixin) and layer.is_initialized
+    has_length = isinstance(layer, CacheLayerMixin)
+    if has_length and not layer.is_initialized:
+        # nothing is stored in a layer that reads the keys of another
+        return
     length = layer.get_seq_length() if has_length else columns
     recording = getattr(layer, "record_past", False)
     if length < keep:

@@ -290,6 +290,11 @@ class DeltaKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.state = self.state.map(change)
 
+    def drop_sinks(self) -> None:
+        """Lets go of the room for sinks: no row has a compressed token any more."""
+        if self.is_initialized:
+            self.state = self.state.without_sinks()
+
     def crop_to(self, crop: Crop) -> None:
         """Forgets the newest columns, those in the store included: what stays of it keeps its codes."""
         if self.is_initialized:

@@ -9,7 +9,7 @@ the host from the masks of the calls; nothing here waits for the device except a
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -127,6 +127,19 @@ class TokenLedger:
     def tensors(self) -> list[torch.Tensor]:
         """Tensors held for bookkeeping, on any device."""
         return (self.row_columns or []) + (self.layout.tensors() if self.layout else [])
+
+    def counts(self) -> dict[str, int | list[int]]:
+        """Every public count by name; with `row_columns` all that `restore` needs. Settle the ledger first."""
+        names = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "row_columns"]
+        held = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in held.items() if type(value) in (int, list)}
+
+    def restore(self, counts: dict[str, int | list[int]], row_columns: list[torch.Tensor] | None) -> None:
+        """Takes over what another ledger's `counts` gave, and its `row_columns`."""
+        for name, value in counts.items():
+            setattr(self, name, value)
+        self.row_columns, self._settled = row_columns, self.columns
+        self._relayout()
 
     def reset(self) -> None:
         """Forgets all counts."""

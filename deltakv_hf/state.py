@@ -56,12 +56,16 @@ class LayerState:
                 tail = torch.where(returned, _widen(sink, width), _widen(tail, width))
             if width < tail.shape[2]:
                 tail = tail[:, :, :width].clone()
-            if not any(crop.compressed):
-                sink = sink[:, :, :0].clone()
-            parts |= {f"sink_{kind}": sink, f"tail_{kind}": tail}
+            parts[f"tail_{kind}"] = tail
         if crop.num_dropped:
             store = cut(store, max(crop.compressed))
-        return replace(self, **parts, store=store, columns=crop.columns)
+        cropped = replace(self, **parts, store=store, columns=crop.columns)
+        return cropped if any(crop.compressed) else cropped.without_sinks()
+
+    def without_sinks(self) -> LayerState:
+        """The state of rows none of which has a compressed token: their sinks stand in the tail."""
+        none = {name: part[:, :, :0].clone() for name, part in self.raw().items() if "sink" in name}
+        return replace(self, **none)
 
 
 def append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -312,3 +312,23 @@ def test_crop_takes_a_tensor():
     cache = driven(make_tokens(40))
     cache.crop(torch.tensor(-3))
     assert cache.get_seq_length() == 37 and type(cache.get_seq_length()) is int
+
+
+@pytest.mark.parametrize("operation", ["select", "reorder"])
+def test_only_rows_without_compressed_tokens_remain(operation):
+    """Regression: the room for sinks stayed, and keys were read from it."""
+    mask = torch.ones(2, 41, dtype=torch.long)
+    mask[1, :35] = 0
+    tokens = make_tokens(41, batch=2, mask=mask)
+    cache = driven(tokens.columns(slice(0, 40)))
+    rows = [1] if operation == "select" else [1, 1]
+    if operation == "select":
+        cache.batch_select_indices(torch.tensor(rows))
+    else:
+        cache.reorder_cache(torch.tensor(rows))
+    keys, values = dense(feed(cache, tokens.rows(rows), [1], past=40)[1])
+    assert torch.equal(keys[:, :, 35:], tokens.rows(rows).keys[1][:, :, 35:])
+    assert torch.equal(values[:, :, 35:], tokens.rows(rows).values[1][:, :, 35:])
+    cache.flush()
+    alone = driven(tokens.alone(1))
+    assert_same_tensors(row_records(cache, 1, 0), row_records(alone, 1, 0))

@@ -288,6 +288,18 @@ def test_forward_after_one_that_broke_off_in_a_layer_of_the_host():
         model(prompt(1, 1), past_key_values=cache)
 
 
+def test_first_forward_that_broke_off_before_the_last_layer_of_the_host():
+    """Regression: our own layers were all served, and the host's layer was taken for one that never stores."""
+    layer_types = ["full_attention", "sliding_attention"]
+    model = build(tf.Gemma3TextConfig(**SMALL, sliding_window=16, layer_types=layer_types))
+    cache = DeltaKVCache(model, **TIGHT)
+    broken_off(model, cache, prompt(), 0)
+    with pytest.raises(CacheStateError, match="layer 1 holds 0"):
+        model(prompt(1, 1), past_key_values=cache)
+    cache.crop(-48)
+    assert torch.equal(greedy(model, prompt(), cache), greedy(model, prompt(), DeltaKVCache(model, **TIGHT)))
+
+
 @pytest.mark.parametrize("past", [0, 48])
 def test_one_cache_in_two_forwards_at_once(past):
     """The second forward is refused; the first ends as if it had been alone."""

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from helpers import TIGHT, assert_same_tensors, greedy, left_padded, state_tensors
+from models import new_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltakv_hf import DeltaKVCache
@@ -156,3 +158,26 @@ def test_a_model_split_over_gpus(model, options):
     assert devices == [int(i >= LAYERS // 2) for i in range(LAYERS)]
     # layers of one device share their tables, although each was handed a copy
     assert len(cache._registry.tables) == 2
+
+
+def test_a_saved_cache_changes_the_device(tmp_path):
+    """Saved on the GPU, it goes on there bit for bit; on the CPU it has the same bytes."""
+    model, host = new_model("gemma3").cuda(), new_model("gemma3")
+    cache = DeltaKVCache(model, **TIGHT)
+    inputs = {name: part.cuda() for name, part in left_padded([60, 41]).items()}
+    ids = greedy(model, inputs, cache)
+    cache.save(tmp_path / "cache", input_ids=ids)
+    loaded = DeltaKVCache.load(tmp_path / "cache", model, input_ids=ids)
+    moved = DeltaKVCache.load(tmp_path / "cache", host)
+    for other in (loaded, moved):
+        for a, b in zip(cache.own_layers, other.own_layers, strict=True):
+            assert_same_tensors(*({k: v.cpu() for k, v in state_tensors(layer).items()} for layer in (a, b)))
+    assert loaded.own_layers[0].state.tail_keys.is_cuda and loaded.layers[0].keys.is_cuda
+    mask = torch.ones_like(ids)
+    mask[:, :60] = inputs["attention_mask"]
+    logits = [model(ids[:, -1:], attention_mask=mask, past_key_values=c).logits for c in (cache, loaded)]
+    assert torch.equal(*logits)
+    moved.save(tmp_path / "cache")
+    back = host(ids[:, -1:].cpu(), attention_mask=mask.cpu(), past_key_values=moved).logits
+    assert (back - logits[0].cpu()).abs().max() < 1e-3
+    assert DeltaKVCache.load(tmp_path / "cache", model).layers[0].keys.is_cuda

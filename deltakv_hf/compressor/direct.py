@@ -107,19 +107,21 @@ class DirectCompressor:
         stride = self.config.reference_stride
         return (reference + (stride - 1) * residual) / stride
 
-    def empty(self, batch_size: int, device: torch.device) -> DirectStore:
-        """A store without tokens."""
+    def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> DirectStore:
+        """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
         groups, config = self.width // self.group_size, self.config
+        num_references = self.lattice.count(num_tokens)
+        num_residuals = num_tokens - num_references
 
-        def records(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(batch_size, 0, *shape, dtype=dtype, device=device)
+        def records(number: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(batch_size, number, *shape, dtype=dtype, device=device)
 
         return DirectStore(
-            reference_codes=records(self.width * config.reference_nbits // 8, dtype=torch.uint8),
-            reference_levels=records(groups, 2, dtype=torch.float16),
-            residual_codes=records(self.width * config.nbits // 8, dtype=torch.uint8),
-            residual_levels=records(groups, 2, dtype=torch.float16),
-            reference_idx=records(config.top_k, dtype=torch.int16),
+            reference_codes=records(num_references, self.width * config.reference_nbits // 8, dtype=torch.uint8),
+            reference_levels=records(num_references, groups, 2, dtype=torch.float16),
+            residual_codes=records(num_residuals, self.width * config.nbits // 8, dtype=torch.uint8),
+            residual_levels=records(num_residuals, groups, 2, dtype=torch.float16),
+            reference_idx=records(num_residuals, config.top_k, dtype=torch.int16),
         )
 
     def append(self, store: DirectStore, rows: list[int] | None, start: int, stop: int, read) -> DirectStore:
