@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 OLDEST := .oldest
-# what a change of the host can break: logits, padding, batch operations, state, errors, hooks
-OLDEST_TESTS := $(addprefix tests/test_, attach.py batch_ops.py errors.py lazy.py lossless.py padding.py state.py)
+# what a change of the host can break: logits, padding, batch operations, state, errors, hooks, the contract
+OLDEST_TESTS := $(addprefix tests/test_, attach.py batch_ops.py errors.py host_contract.py host_questions.py lazy.py \
+	lossless.py padding.py state.py)
 
 .PHONY: help demo test test-oldest style format clean
 .DEFAULT_GOAL := help
