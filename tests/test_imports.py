@@ -3,12 +3,14 @@
 import ast
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = sorted((ROOT / "deltakv_hf").rglob("*.py"))
@@ -152,3 +154,38 @@ def test_importing_the_package_is_quiet(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", IMPORT_QUIETLY], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+REFUSED = 'deltakv_hf needs transformers >=5.17,<6, got {}: pip install "transformers>=5.17,<6".'
+# as a host that never had the layer classes, which must not be what the user hears of
+IMPORT_WITH_AN_OLD_HOST = """
+import transformers, transformers.cache_utils
+transformers.__version__ = "4.57.0"
+del transformers.cache_utils.CacheLayerMixin
+try:
+    import deltakv_hf
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_package_refuses_an_old_host(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", IMPORT_WITH_AN_OLD_HOST]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [REFUSED.format("4.57.0")]
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "5.17.0.dev0", "6.0.0.dev0", "6.0.0"])
+def test_a_host_that_was_never_tried_is_refused(monkeypatch, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError) as error:
+        runpy.run_path(ROOT / "deltakv_hf" / "hf_compat.py")
+    assert str(error.value) == REFUSED.format(version)
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.99.0"])
+def test_a_host_between_the_bounds_is_taken(monkeypatch, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    runpy.run_path(ROOT / "deltakv_hf" / "hf_compat.py")

@@ -7,6 +7,7 @@ every model, so each test here is about the name as much as about our own import
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from transformers.utils import import_utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,3 +139,11 @@ def test_models_import_from_the_checkout_with_the_kernels_distribution(tmp_path)
     available, file = run_python(IMPORT_MODELS + "import kernels; print(kernels.__file__)", ROOT, tmp_path)
     assert available == "True"
     assert Path(file) == fake
+
+
+def test_the_oldest_host_is_tested():
+    """What `make test-oldest` installs is the lower bound that setup.py and the import hold users to."""
+    lower = re.search(r'"transformers>=([\d.]+),', (ROOT / "setup.py").read_text())[1]
+    pinned = re.search(r"^transformers==([\d.]+)$", (ROOT / "requirements-oldest.txt").read_text(), re.MULTILINE)[1]
+    assert Version(pinned) == Version(lower)
+    assert f'Version("{lower}")' in (ROOT / "deltakv_hf" / "hf_compat.py").read_text()

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="windows of each file")
     parser.add_argument("--context", type=int, default=3072, help="tokens stored before predicting")
     parser.add_argument("--predict", type=int, default=1024, help="tokens predicted after them")
+    parser.add_argument("--prefill-chunk", type=int, default=0, metavar="N", help="feed the context N tokens at a time")
     parser.add_argument("--options", type=json.loads, action="append", help='of the cache, as JSON: {"nbits": 8}')
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -38,14 +39,15 @@ def main() -> None:
     caches = {
         json.dumps(options): lambda options=options: DeltaKVCache(model, **options) for options in args.options or [{}]
     }
-    results = measure_fidelity(model, windows, caches, context=args.context, progress=track)
+    how = {"context": args.context, "prefill_chunk": args.prefill_chunk}
+    results = measure_fidelity(model, windows, caches, **how, progress=track)
     rows = []
     for options, fidelity in results.items():
         print(f"\n{options}, {len(windows)} windows\n{fidelity}")
         rows.append({"options": json.loads(options), "windows": len(windows)} | fidelity.summary())
     if args.out:
         command = "python -m deltakv_hf.evaluation " + " ".join(sys.argv[1:])
-        result = {"command": command, "environment": environment(model), "context": args.context, "results": rows}
+        result = {"command": command, "environment": environment(model)} | how | {"results": rows}
         write_atomically(args.out, json.dumps(result, indent=2).encode())
 
 

@@ -1,7 +1,8 @@
 """Fidelity of a cache to the full cache: what the stored context changes in the predictions after it.
 
 Protocol: a window's first `context` tokens are prefilled, then the rest is fed at once (teacher forcing) on top of the
-stored context. The logits of that second call are compared with those of the same two calls on a `DynamicCache`.
+stored context. The logits of that last call are compared with those after a one-shot prefill into a `DynamicCache`.
+With `prefill_chunk` the context comes in several calls, so that all but the first attend over what is already stored.
 """
 
 from __future__ import annotations
@@ -71,15 +72,18 @@ class Fidelity:
 
 
 @torch.no_grad()
-def predict_after(model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache) -> tuple[torch.Tensor, float]:
-    """Reads `ids` `[n]` in the two calls of the protocol.
+def predict_after(
+    model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache, prefill_chunk: int = 0
+) -> tuple[torch.Tensor, float]:
+    """Reads `ids` `[n]` in the calls of the protocol; the context in calls of `prefill_chunk` tokens, or in one (0).
 
     Returns:
-        logits `[n - context, vocabulary]` of the second call, and the share of dense bytes held after the first (1 for
-        caches that give no `memory_report`).
+        logits `[n - context, vocabulary]` of the last call, and the share of dense bytes held before it (1 for caches
+        that give no `memory_report`).
     """
     ids = ids.to(model.device).unsqueeze(0)
-    model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for part in ids[:, :context].split(prefill_chunk or context, dim=1):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     share = cache.memory_report().ratio if hasattr(cache, "memory_report") else 1.0
     return model(input_ids=ids[:, context:], past_key_values=cache, use_cache=True).logits[0], share
 
@@ -110,6 +114,7 @@ def measure_fidelity(
     make_caches: dict[str, Callable[[], Cache]],
     *,
     context: int = 3072,
+    prefill_chunk: int = 0,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> dict[str, Fidelity]:
     """Runs the protocol for several caches; the full cache's logits are computed once per window.
@@ -119,11 +124,14 @@ def measure_fidelity(
         windows: token ids `[n]` int64 each, `n > context + 1`.
         make_caches: a function that makes an empty cache, by name.
         context: tokens stored before predicting.
+        prefill_chunk: tokens of each call that fills the caches measured, 0 for one call; the full cache gets one.
         progress: wraps the iteration over windows (for a progress bar).
 
     Returns:
         a `Fidelity` by name.
     """
+    if prefill_chunk < 0:
+        raise InvalidOptionError(f"`prefill_chunk` must be 0 (one call) or positive, got {prefill_chunk}.")
     results = {name: [] for name in make_caches}
     for ids in progress(list(windows)):
         if ids.ndim != 1 or len(ids) < context + 2:
@@ -136,6 +144,6 @@ def measure_fidelity(
                 raise InvalidOptionError(
                     f"`make_caches[{name!r}]` must make a transformers Cache, got a {type(cache).__name__}."
                 )
-            logits, share = predict_after(model, ids, context, cache)
+            logits, share = predict_after(model, ids, context, cache, prefill_chunk)
             results[name].append(WindowFidelity(*compare(logits[:-1], full_logits[:-1], targets), share))
     return {name: Fidelity(windows) for name, windows in results.items()}

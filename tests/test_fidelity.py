@@ -1,0 +1,90 @@
+"""The measurement of fidelity: what is fed in which calls, and what it is compared with."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers import LOSSLESS, TIGHT, full_cache, prompt
+from models import tiny_model
+from transformers import DynamicCache
+
+from deltakv_hf import DeltaKVCache, InvalidOptionError
+from deltakv_hf.evaluation import __main__ as command
+from deltakv_hf.evaluation import fidelity, measure_fidelity
+
+WINDOWS = [prompt(1, 60, seed=seed)[0] for seed in range(2)]
+
+
+class Recorder(DynamicCache):
+    """Notes how many tokens each call brings."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.calls = []
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx == 0:
+            self.calls.append(key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def measured(make_cache, windows=WINDOWS, **options):
+    return measure_fidelity(tiny_model("llama"), windows, {"it": make_cache}, context=40, **options)["it"]
+
+
+@pytest.mark.parametrize(
+    "chunk, calls", [(0, [40]), (1, [1] * 40), (16, [16, 16, 8]), (20, [20, 20]), (40, [40]), (99, [40])]
+)
+def test_the_context_is_fed_in_chunks_but_to_the_full_cache(monkeypatch, chunk, calls):
+    made = []
+
+    def make_cache(config):
+        made.append(Recorder(config))
+        return made[-1]
+
+    monkeypatch.setattr(fidelity, "DynamicCache", make_cache)
+    measured(lambda: make_cache(tiny_model("llama").config), prefill_chunk=chunk)
+    assert [cache.calls for cache in made] == [[40, 20], [*calls, 20]] * len(WINDOWS)
+
+
+@pytest.mark.parametrize("chunk", [0, 7, 16])
+def test_the_full_cache_and_a_lossless_one_are_faithful(chunk):
+    model = tiny_model("llama")
+    for make_cache in (lambda: full_cache(model), lambda: DeltaKVCache(model, **LOSSLESS)):
+        result = measured(make_cache, prefill_chunk=chunk)
+        assert abs(result.mean("kl")) < 1e-6 and result.mean("top1") == 1
+
+
+def test_later_chunks_attend_over_what_is_stored():
+    """Which changes what they store, by little; the full cache that it is compared with stays what it was."""
+    model = tiny_model("llama")
+    at_once, in_chunks = (measured(lambda: DeltaKVCache(model, **TIGHT), prefill_chunk=chunk) for chunk in (0, 16))
+    assert in_chunks.mean("full_nll") == at_once.mean("full_nll")
+    assert 0 < at_once.mean("kl") != in_chunks.mean("kl") > 0
+    assert in_chunks.mean("stored_share") == pytest.approx(at_once.mean("stored_share"), abs=0.1)
+
+
+def test_a_negative_chunk_is_refused():
+    with pytest.raises(InvalidOptionError, match="prefill_chunk.*-5"):
+        measured(lambda: full_cache(tiny_model("llama")), prefill_chunk=-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_the_command_says_how_it_measured(monkeypatch, tmp_path, capsys, chunk):
+    model, text, out = tiny_model("llama"), tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("words of a text")
+
+    def tokenizer(document, add_special_tokens):
+        return SimpleNamespace(input_ids=prompt(1, 200)[0].tolist())
+
+    monkeypatch.setattr(command, "load_model", lambda name, **options: (model, tokenizer))
+    given = (
+        f"it {text} --model tiny --windows 1 --context 40 --predict 20 --prefill-chunk {chunk} --device cpu --out {out}"
+    )
+    monkeypatch.setattr(sys, "argv", [*given.split(), "--options", json.dumps(TIGHT)])
+    command.main()
+    result = json.loads(out.read_text())
+    assert (result["context"], result["prefill_chunk"]) == (40, chunk)
+    assert result["results"][0]["options"] == TIGHT and result["results"][0]["kl"] > 0
+    assert "1 windows" in capsys.readouterr().out
