@@ -89,7 +89,8 @@ def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Hook of the model and its text decoder: tells the cache the padding mask of the coming forward."""
     cache = _argument(module, args, kwargs, "past_key_values")
     if hasattr(cache, "note_forward"):
-        cache.note_forward(module, _argument(module, args, kwargs, "attention_mask"))
+        names = ("attention_mask", "input_ids", "use_cache")
+        cache.note_forward(module, *(_argument(module, args, kwargs, name) for name in names))
 
 
 def hand_tables(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -104,8 +104,15 @@ class DeltaKVCache(Cache):
 
     # -- what the hooks and the model tell ------------------------------------------------------------------------
 
-    def note_forward(self, module: nn.Module, attention_mask: object) -> None:
+    def note_forward(
+        self, module: nn.Module, attention_mask: object, input_ids: torch.Tensor | None = None, use_cache=None
+    ) -> None:
         """Called by the hook on the model before a forward with this cache."""
+        if use_cache is False and input_ids is not None and 0 < self.get_seq_length() == input_ids.shape[-1] - 1:
+            raise CacheStateError(
+                "`use_cache` must not be False in `generate` with a cache, got False: every step would feed the whole "
+                f"text on top of the {self.get_seq_length()} tokens held. Leave out one of the two."
+            )
         if self._ledger.num_layers == 0:
             return
         for layer_idx, layer in enumerate(self.layers):
@@ -373,6 +380,12 @@ class DeltaKVCache(Cache):
             f"a {type(self).__name__} can't be pickled or copied shallowly: it belongs to a model in this process. Use "
             "`copy.deepcopy(cache)` for a copy and `cache.save(path)` for a file."
         )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer has its shapes; ours take them from the first tokens."""
+        layers = [layer for layer in self.layers if isinstance(layer, DeltaKVLayer) or layer.supports_early_init]
+        return len(layers) > 0 and all(layer.is_initialized for layer in layers)
 
     def __repr__(self) -> str:
         own = len(self.own_layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 import transformers
 from packaging.version import Version
@@ -18,6 +20,7 @@ __all__ = [
     "execution_device",
     "host_version",
     "upload",
+    "without_autocast",
 ]
 
 
@@ -66,6 +69,19 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def without_autocast(method):
+    """Runs a method of an object with a `device` outside of autocast, which would round sums and refuse integers."""
+
+    @wraps(method)
+    def run(self, *args):
+        if not torch.is_autocast_enabled(self.device.type):
+            return method(self, *args)
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args)
+
+    return run
 
 
 class HostCopy:

@@ -13,7 +13,7 @@ import torch
 
 from .compressor import DirectCompressor, DirectStore
 from .errors import CacheStateError
-from .hf_compat import CacheLayerMixin, upload
+from .hf_compat import CacheLayerMixin, upload, without_autocast
 from .layout import Crop, Flush, FlushGroup, Layout, Step, View
 from .lazy import lazy_pair
 from .ledger import TokenLedger
@@ -157,6 +157,7 @@ class DeltaKVLayer(CacheLayerMixin):
             if away:
                 self.offload()
 
+    @without_autocast
     def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
         if flush.number != state.num_flushes + 1:
             raise CacheStateError(f"layer {self.layer_idx} missed a flush; call `cache.reset()`.")
@@ -201,6 +202,7 @@ class DeltaKVLayer(CacheLayerMixin):
 
     # -- view: stored bytes back into dense tensors --------------------------------------------------------------
 
+    @without_autocast
     def _decode(self, state: LayerState, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values `[batch, heads, columns, head_dim]` of all columns of `state`, standing as `layout`."""
         compressed, view = layout.compressed, layout.view(self.device)
@@ -268,8 +270,8 @@ class DeltaKVLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Rows held."""
-        return self.ledger.batch_size
+        """Rows held, -1 before the first token."""
+        return self.ledger.batch_size or -1
 
     def get_seq_length(self) -> int:
         """Columns seen (not tokens stored)."""
