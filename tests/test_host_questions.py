@@ -107,7 +107,7 @@ def test_keys_are_all_keys_or_an_error(kind, model):
                 assert torch.equal(keys, expected.keys) and torch.equal(values, expected.values)
 
 
-# -- what was not right once ---------------------------------------------------------------------------------------------
+# -- what was not right once -------------------------------------------------------------------------------------------
 
 
 def test_a_cache_that_holds_tokens_is_initialized(kind):
