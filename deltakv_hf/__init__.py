@@ -3,6 +3,7 @@
 from .attach import detach
 from .cache import DeltaKVCache
 from .config import DeltaKVConfig
+from .default_cache import set_default_cache
 from .errors import CacheStateError, DeltaKVError, InvalidOptionError, UnsupportedModelError
 from .memory import MemoryReport
 
@@ -17,4 +18,5 @@ __all__ = [
     "MemoryReport",
     "UnsupportedModelError",
     "detach",
+    "set_default_cache",
 ]
