@@ -10,7 +10,15 @@ import pytest
 import torch
 from helpers import LOSSLESS, TIGHT, full_cache, greedy, left_padded, prompt
 from models import new_model, tiny_model
-from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
 
 from deltakv_hf import DeltaKVCache, InvalidOptionError, detach, set_default_cache
 
@@ -164,7 +172,10 @@ def test_a_padded_batch(model):
 @pytest.mark.parametrize("who", ["main", "assistant", "both"])
 def test_assisted_decoding(family, who):
     model, assistant, factory = new_model(family), new_model(family, seed=1), Factory()
-    expected = plain(model, assistant_model=assistant)
+    try:
+        expected = plain(model, assistant_model=assistant)
+    except RuntimeError as error:
+        pytest.skip(f"the host itself cannot do this (sliding layers before transformers 5.18): {error}")
     for given, name in ((model, "main"), (assistant, "assistant")):
         if who in (name, "both"):
             set_default_cache(
@@ -223,14 +234,14 @@ def test_a_compiled_model(model, through):
 
 
 def test_the_text_generation_pipeline(model):
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast, pipeline
-
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(64)}, unk_token="1"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="1", padding_side="left")
+    names = ["[PAD]", "[UNK]", *map(str, range(2, 64))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", padding_side="left"
+    )
     generator, factory = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu"), Factory()
-    texts = [" ".join(map(str, prompt(1, length, seed=length)[0].tolist())) for length in (40, 22, 31)]
+    texts = [" ".join(names[i] for i in prompt(1, length, seed=length)[0]) for length in (40, 22, 31)]
     options = dict(do_sample=False, max_new_tokens=8, batch_size=2, return_tensors=True)
     generator(texts, **options)
     set_default_cache(model, factory)
