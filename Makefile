@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test style format clean
+.PHONY: help demo test compatibility style format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -16,6 +16,9 @@ demo: $(STAMP) ## compress a small model's cache and show what it saves
 # offline: no test may depend on the Hub. ARGS goes to pytest: make test ARGS='-k rope -x'
 test: $(STAMP) ## run the tests
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+compatibility: $(STAMP) ## write docs/compatibility.md from what the tests declare
+	$(VENV)/bin/python tests/compatibility.py
 
 style: $(STAMP) ## check style, change nothing
 	$(VENV)/bin/python -m ruff check .
