@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 OLDEST := .oldest
-# what a change of the host can break: logits, padding, batch operations, state, errors, hooks, the contract
-OLDEST_TESTS := $(addprefix tests/test_, attach.py batch_ops.py errors.py conversion.py crop.py host_contract.py host_questions.py lazy.py \
-	lossless.py padding.py saving.py state.py)
+# what a change of the host can break: logits, padding, batch operations, errors, hooks, files, the contract
+OLDEST_TESTS := $(addprefix tests/test_, attach.py batch_ops.py conversion.py crop.py default_cache.py errors.py \
+	host_contract.py host_questions.py lazy.py lossless.py padding.py saving.py state.py)
 
-.PHONY: help demo test test-oldest style format clean
+.PHONY: help demo test test-oldest compatibility style format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -26,6 +26,9 @@ test-oldest: $(OLDEST)/.installed ## run those that depend on the host with the 
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONPATH=$(OLDEST) \
 	DELTAKV_EXPECT_TRANSFORMERS=$$(sed -n 's/^transformers==//p' requirements-oldest.txt) \
 	$(VENV)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
+
+compatibility: $(STAMP) ## write docs/compatibility.md from what the tests declare
+	$(VENV)/bin/python tests/compatibility.py
 
 style: $(STAMP) ## check style, change nothing
 	$(VENV)/bin/python -m ruff check .

@@ -3,6 +3,7 @@
 from .attach import detach
 from .cache import DeltaKVCache
 from .config import DeltaKVConfig
+from .default_cache import set_default_cache
 from .errors import CacheStateError, DeltaKVError, InvalidOptionError, NotPicklableError, UnsupportedModelError
 from .memory import MemoryReport
 from .stats import CacheStats
@@ -20,4 +21,5 @@ __all__ = [
     "NotPicklableError",
     "UnsupportedModelError",
     "detach",
+    "set_default_cache",
 ]

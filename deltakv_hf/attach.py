@@ -95,9 +95,14 @@ def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def hand_tables(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Hook of every attention module: hands its RoPE tables to the cache layer that it is about to update."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(_cache_name(kwargs))
     if hasattr(cache, "note_attention"):
         cache.note_attention(module, _argument(module, args, kwargs, "position_embeddings"))
+
+
+def _cache_name(kwargs: dict) -> str:
+    """What an attention module calls its cache: older model files (gpt_neox, gptj, falcon) differ from all others."""
+    return "layer_past" if "layer_past" in kwargs else "past_key_values"
 
 
 def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str):
@@ -165,7 +170,7 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
             for handle in (*handles, watch):
                 handle.remove()
             found = {
-                layer_idx: _probe_layer(module, *calls[module], recorder.layers[layer_idx].keys, config, watch)
+                layer_idx: _probe_layer(module, *calls[module], recorder, config, watch)
                 for layer_idx, module in sorted(recorder.updated_by.items())
             }
     except TypeError as error:
@@ -184,8 +189,9 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     return found
 
 
-def _probe_layer(module: nn.Module, args, kwargs, rotated: torch.Tensor, config, watch: RotaryWatch) -> LayerProbe:
-    """Compares `rotated` `[1, heads, tokens, head_dim]`, the keys of the call `(args, kwargs)`, with still ones."""
+def _probe_layer(module: nn.Module, args, kwargs, first: _Recorder, config, watch: RotaryWatch) -> LayerProbe:
+    """Compares the keys that the call `(args, kwargs)` stored in `first` with those of a call that does not rotate."""
+    rotated = first.layers[module.layer_idx].keys
     tables = kwargs.get("position_embeddings")
     if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3):
         return LayerProbe(weakref.ref(module), "opaque", None)
@@ -193,7 +199,7 @@ def _probe_layer(module: nn.Module, args, kwargs, rotated: torch.Tensor, config,
     cos, sin = (table[:, table.shape[1] - rotated.shape[2] :] for table in tables)
     recorder = DynamicCache(config=config)
     still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
-    module(*args, **(kwargs | {"past_key_values": recorder, "position_embeddings": still}))
+    module(*args, **(kwargs | {_cache_name(kwargs): recorder, "position_embeddings": still}))
     plain = recorder.layers[module.layer_idx].keys
     if torch.equal(plain, rotated):
         return LayerProbe(weakref.ref(module), "none", None)

@@ -18,9 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 NEW = 12
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
 def kind(request):
-    return KINDS[request.param]
+    return request.param
 
 
 @pytest.fixture(params=FAMILIES)

@@ -26,9 +26,9 @@ from deltakv_hf import DeltaKVCache, DeltaKVError
 HOST = Version(transformers.__version__)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
 def kind(request):
-    return KINDS[request.param]
+    return request.param
 
 
 @pytest.fixture(params=FAMILIES)
