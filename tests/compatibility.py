@@ -23,31 +23,39 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 
 
 @dataclass(frozen=True)
-class HostError:
-    """A cell that the host itself cannot serve: it raises with `DynamicCache` as with ours.
+class CellError:
+    """A cell that raises.
 
     Attributes:
         error, match: what is raised.
         why: said on the page.
+        by_host: whether the host itself cannot serve it and raises the same with `DynamicCache`; if not, `DynamicCache`
+            gives a wrong answer there without a word.
     """
 
     error: type[Exception]
     match: str
     why: str
+    by_host: bool = True
 
 
-NO_SDPA = HostError(ValueError, "does not support an attention implementation", "The host has no sdpa for this model.")
-STATEFUL = HostError(ValueError, "not supported with stateful models", "The host refuses to draft for this model.")
-LINEAR = HostError(
+NO_SDPA = CellError(ValueError, "does not support an attention implementation", "The host has no sdpa for this model.")
+STATEFUL = CellError(ValueError, "not supported with stateful models", "The host refuses to draft for this model.")
+LINEAR = CellError(
     AttributeError, "no attribute 'batch_repeat_interleave'", "The host's linear layers cannot be widened."
 )
-HOST_ERRORS: dict[tuple[str, str], HostError] = {
+RECURRENT = CellError(
+    CacheStateError, "can't take a recurrent layer back", "A recurrent layer keeps its last state alone.", by_host=False
+)
+CELL_ERRORS: dict[tuple[str, str], CellError] = {
     ("gemma2", "sdpa"): NO_SDPA,
     ("gpt_oss", "sdpa"): NO_SDPA,
     ("qwen3_next", "prompt lookup"): STATEFUL,
     ("qwen3_next", "assisted"): STATEFUL,
     ("qwen3_next", "widened for beams"): LINEAR,
     ("qwen3_next", "widened for questions"): LINEAR,
+    ("qwen3_next", "crop"): RECURRENT,
+    ("qwen3_next", "deep crop"): RECURRENT,
     ("lfm2", "widened for beams"): LINEAR,
     ("lfm2", "widened for questions"): LINEAR,
 }
@@ -55,17 +63,17 @@ HOST_ERRORS: dict[tuple[str, str], HostError] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A family in a mode; `host_error` is None where it works."""
+    """A family in a mode; `error` is None where it works."""
 
     family: Family
     mode: Mode
-    host_error: HostError | None
+    error: CellError | None
 
     def __str__(self) -> str:
         return f"{self.family.name}-{self.mode.name}".replace(" ", "-")
 
 
-CELLS = [Cell(family, mode, HOST_ERRORS.get((family.name, mode.name))) for family in FAMILIES for mode in MODES]
+CELLS = [Cell(family, mode, CELL_ERRORS.get((family.name, mode.name))) for family in FAMILIES for mode in MODES]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -185,13 +193,14 @@ Every cell is tested twice, on a tiny random model of the family:
   of their tokens, drafts and crops leave no trace, and so on (`tests/modes.py`).
 
 `✓`: both hold. `host (n)`: the host itself raises there, with `DynamicCache` as with ours; note n says why.
+`error (n)`: ours raises, where `DynamicCache` says something wrong without a word.
 """
 
 
 def page() -> str:
     """The text of docs/compatibility.md."""
     options = ", ".join(f"`{name}={value}`" for name, value in TIGHT.items())
-    notes = list(dict.fromkeys(cell.host_error for cell in CELLS if cell.host_error is not None))
+    notes = list(dict.fromkeys(cell.error for cell in CELLS if cell.error is not None))
     lines = [HEAD.format(window=LOSSLESS["recent_window"], options=options)]
     lines += ["| family | attention |", "| --- | --- |"]
     lines += [f"| {family.name} | {family.about} |" for family in FAMILIES]
@@ -206,13 +215,18 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(modes: list[Mode], notes: list[HostError]) -> list[str]:
+def _table(modes: list[Mode], notes: list[CellError]) -> list[str]:
     lines = ["| family | " + " | ".join(mode.name for mode in modes) + " |", "| --- |" + " --- |" * len(modes)]
     for family in FAMILIES:
         cells = [cell for cell in CELLS if cell.family is family and cell.mode in modes]
-        marks = ["✓" if cell.host_error is None else f"host ({notes.index(cell.host_error) + 1})" for cell in cells]
-        lines.append(f"| {family.name} | " + " | ".join(marks) + " |")
+        lines.append(f"| {family.name} | " + " | ".join(_mark(cell, notes) for cell in cells) + " |")
     return lines
+
+
+def _mark(cell: Cell, notes: list[CellError]) -> str:
+    if cell.error is None:
+        return "✓"
+    return f"{'host' if cell.error.by_host else 'error'} ({notes.index(cell.error) + 1})"
 
 
 if __name__ == "__main__":
