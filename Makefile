@@ -21,7 +21,7 @@ demo: $(STAMP) ## compress a small model's cache and show what it saves
 test: $(STAMP) ## run the tests
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
 
-# the environment of `make test` with an older host before it on the path: no second torch. The tests check what they got.
+# the environment of `make test` with an older host before it on the path: no second torch; tests check what they got
 test-oldest: $(OLDEST)/.installed ## run those that depend on the host with the oldest transformers supported
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONPATH=$(OLDEST) \
 	DELTAKV_EXPECT_TRANSFORMERS=$$(sed -n 's/^transformers==//p' requirements-oldest.txt) \
