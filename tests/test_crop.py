@@ -13,7 +13,6 @@ from helpers import (
     cuts,
     driven,
     feed,
-    greedy,
     make_tokens,
     option_sets,
     prompt,
@@ -157,11 +156,11 @@ def test_a_window_of_the_host_that_cannot_go_back_leaves_all_as_it_was(recording
         cache.activate_past_recording()
     model(prompt(1, 60), past_key_values=cache)
     cache.crop(0)
-    before = greedy(model, torch.cat([prompt(1, 60), prompt(1, 3, seed=1)], 1), copy.deepcopy(cache))
+    before = model(prompt(1, 3, seed=1), past_key_values=copy.deepcopy(cache)).logits
     with pytest.raises(CacheStateError, match="crop"):
         cache.crop(-30)
     assert cache.get_seq_length() == 60
-    assert torch.equal(greedy(model, torch.cat([prompt(1, 60), prompt(1, 3, seed=1)], 1), cache), before)
+    assert torch.equal(model(prompt(1, 3, seed=1), past_key_values=cache).logits, before)
 
 
 def test_a_window_of_the_host_that_recorded_enough_goes_back():
