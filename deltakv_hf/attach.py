@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .hf_compat import DynamicCache
+from .longrope import guard, unguard
 from .rope import RopeForm
 
 PROBE_TOKENS = 7
@@ -56,6 +57,7 @@ def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
         _hook_once(module, note_forward)
     for probe in _PROBES[root].values():
         _hook_once(probe.module(), hand_tables)
+    guard(root)
     return _PROBES[root]
 
 
@@ -67,6 +69,7 @@ def detach(model: PreTrainedModel) -> None:
             if hook in (note_forward, hand_tables):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    unguard(root)
     _PROBES.pop(root, None)
 
 
