@@ -1,8 +1,9 @@
-"""The one thing this package does to a model: forward pre-hooks that tell a cache what only the model knows.
+"""What this package does to a model: forward pre-hooks that tell a cache what only the model knows.
 
 `transformers` gives `Cache.update` neither positions nor padding. Two stateless module-level hooks, registered once per
 model, hand over the RoPE tables (on every attention module) and the 2-D padding mask (on the model and the text
-decoder inside it). They do nothing in a forward whose cache is not ours. `detach` removes them.
+decoder inside it). They do nothing in a forward whose cache is not ours. `detach` removes them. (A longrope model gets
+one method more, see `longrope.py`.)
 """
 
 from __future__ import annotations
