@@ -1,8 +1,9 @@
-"""The one thing this package does to a model: forward pre-hooks that tell a cache what only the model knows.
+"""What this package does to a model: forward pre-hooks that tell a cache what only the model knows.
 
 `transformers` gives `Cache.update` neither positions nor padding. Two stateless module-level hooks, registered once per
 model, hand over the RoPE tables (on every attention module) and the 2-D padding mask (on the model and the text
-decoder inside it). They do nothing in a forward whose cache is not ours. `detach` removes them.
+decoder inside it). They do nothing in a forward whose cache is not ours. `detach` removes them. (A longrope model gets
+one method more, see `longrope.py`.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .hf_compat import DynamicCache
+from .longrope import guard, unguard
 from .rope import RopeForm
 from .rotary import RotaryCall, RotaryWatch
 
@@ -59,6 +61,7 @@ def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
         _hook_once(module, note_forward)
     for probe in _PROBES[root].values():
         _hook_once(probe.module(), hand_tables)
+    guard(root)
     return _PROBES[root]
 
 
@@ -70,6 +73,7 @@ def detach(model: PreTrainedModel) -> None:
             if hook in (note_forward, hand_tables):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    unguard(root)
     _PROBES.pop(root, None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from families import FAMILIES, Family
+from families import FAMILIES, Family, longrope
 from helpers import LOSSLESS, TIGHT, prompt
 from models import MOE, SMALL, build
 from modes import MODES, Mode
@@ -132,15 +132,20 @@ def gpt_neo() -> tf.PretrainedConfig:
 
 
 def longrope_model():
-    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
-    switch = {"original_max_position_embeddings": 64}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4} | factors | switch
-    return build(tf.Phi3Config(**SMALL, **switch, rope_parameters=rope))
+    return build(longrope(64))
 
 
 def cross_in_one_call(make_cache) -> None:
     model = longrope_model()
     model.generate(prompt(1, 60), past_key_values=make_cache(model), max_new_tokens=12, do_sample=False)
+
+
+def cross_between_turns(make_cache) -> None:
+    """The host drops the cache before it is used: nothing but the guard can see it."""
+    model = longrope_model()
+    cache, options = make_cache(model), {"do_sample": False, "max_new_tokens": 5}
+    first = model.generate(prompt(1, 48), past_key_values=cache, **options)
+    model.generate(torch.cat([first, prompt(1, 20)], dim=1), past_key_values=cache, **options)
 
 
 def four_dimensions(make_cache) -> None:
@@ -171,6 +176,8 @@ REFUSALS = [
             "Its attention modules do not say which layer they are (`layer_idx`)."),
     Refusal("crossing Phi-3's longrope switch in one `generate`", cross_in_one_call, CacheStateError,
             "original_max_position_embeddings", "The host drops the cache there, as its frequencies change."),
+    Refusal("crossing it between two turns", cross_between_turns, CacheStateError,
+            "original_max_position_embeddings", "As above."),
     Refusal("4-D `attention_mask`", four_dimensions, CacheStateError, "4-D",
             "Padding cannot be read from it."),
     Refusal("an `attention_mask` of the new tokens alone", mask_of_new_tokens, CacheStateError, "whole sequence",

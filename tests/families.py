@@ -10,8 +10,11 @@ import torch
 import transformers as tf
 from helpers import full_cache, prompt
 from models import CONFIGS, MOE, SMALL, build
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from deltakv_hf.longrope import guard
+from deltakv_hf.support import longrope_switch
 
 IMAGE, IMAGE_START, IMAGE_END, VIDEO = 62, 60, 63, 61
 IMAGE_TOKENS = 4
@@ -88,6 +91,21 @@ class Family:
         return inputs | {"input_ids": ids * mask}
 
 
+class KeptCache(DynamicCache):
+    """The host's cache, which longrope models take for ours and do not drop: theirs would forget the first turn."""
+
+    def note_forward(self, *args) -> None:
+        """Nothing to note."""
+
+
+def host_cache(model: PreTrainedModel) -> DynamicCache:
+    """What a lossless cache is compared with."""
+    if longrope_switch(model.config) is None:
+        return full_cache(model)
+    guard(model)
+    return KeptCache(config=model.config)
+
+
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     """One row of a batch without its padding."""
     batch, columns = inputs["input_ids"].shape
@@ -113,15 +131,15 @@ def _draw(model: PreTrainedModel) -> None:
 # -- configs that the other tests have no use for ----------------------------------------------------------------------
 
 HALF_SLIDING = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-SWITCH = dict(original_max_position_embeddings=256)
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
 
 
-def longrope() -> PretrainedConfig:
+def longrope(switch: int) -> PretrainedConfig:
+    switch = {"original_max_position_embeddings": switch}
     factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4} | SWITCH | factors
-    return tf.Phi3Config(**SMALL, **SWITCH, rope_parameters=rope)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4} | switch | factors
+    return tf.Phi3Config(**SMALL, **switch, rope_parameters=rope)
 
 
 def llama4() -> PretrainedConfig:
@@ -193,7 +211,8 @@ FAMILIES = [
     Family("gemma3", CONFIGS["gemma3"], "sliding and full layers, RoPE of their own"),
     Family("phi3", CONFIGS["phi3"], "one matrix for queries, keys and values"),
     Family("phi3-partial", CONFIGS["phi3-partial"], "half of each key is rotated"),
-    Family("phi3-longrope", longrope, "longrope, short of its switch"),
+    Family("phi3-longrope", lambda: longrope(256), "longrope, short of its switch"),
+    Family("phi3-longrope-long", lambda: longrope(9), "longrope, beyond its switch"),
     Family("smollm3", CONFIGS["smollm3"], "layers without positions"),
     Family("gpt_oss", CONFIGS["gpt_oss"], "attention sinks, sliding layers, MoE", "eager"),
     Family("cohere", CONFIGS["cohere"], "interleaved rotation"),

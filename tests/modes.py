@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from families import PROMPT_LENGTH, Family, row_of, text
-from helpers import full_cache, prompt
+from families import PROMPT_LENGTH, Family, host_cache, row_of, text
+from helpers import prompt
 from transformers import Cache, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -126,7 +126,7 @@ def prefill(case: Case) -> Tensors:
 
 
 def prefill_is_exact(case: Case, result: Tensors) -> None:
-    host = Case(case.family, full_cache)
+    host = Case(case.family, host_cache)
     assert torch.equal(*result, *prefill(host)), "the prompt's own attention must be exact"
 
 
@@ -193,7 +193,7 @@ def drafts_leave_no_trace(case: Case, result: Tensors) -> None:
     (drafted,), inputs, tokens = case.caches, case.inputs(period=12), result[0][:, -NEW:]
     cache = case.cache()
     logits = case.forced(inputs, tokens, cache)
-    loss = errors(logits, Case(case.family, full_cache).forced(inputs, tokens)).max()
+    loss = errors(logits, Case(case.family, host_cache).forced(inputs, tokens)).max()
     assert errors(result[1], logits).max() <= 1.5 * loss + ROUNDED
     assert drafted.get_seq_length() == cache.get_seq_length()
     for held in (drafted, cache):
@@ -360,7 +360,7 @@ def steps(case: Case, draft: bool) -> Tensors:
 def crop_leaves_no_trace(case: Case, result: Tensors) -> None:
     """Bit for bit, where the host's own layers do so: a linear one computes the tokens of a draft together."""
     (got,), (expected,) = result, steps(case, draft=False)
-    host = Case(case.family, full_cache)
+    host = Case(case.family, host_cache)
     if torch.equal(*steps(host, draft=True), *steps(host, draft=False)):
         assert torch.equal(got, expected)
     else:
@@ -455,7 +455,7 @@ def a_dynamic_cache_reads_the_same(case: Case, result: Tensors) -> None:
 
 def compressed_later(case: Case) -> Tensors:
     """A prompt that a `DynamicCache` has read is compressed then."""
-    dynamic, inputs = full_cache(case.model), case.inputs()
+    dynamic, inputs = host_cache(case.model), case.inputs()
     case.model(**inputs, past_key_values=dynamic)
     kept = case.cache()
     cache = type(kept).from_dynamic(dynamic, case.model, **asdict(kept.options))
@@ -543,7 +543,7 @@ def holes_as_alone(case: Case, result: Tensors) -> None:
 def rows_with_holes_are_as_if_alone(case: Case, result: Tensors, mask: torch.Tensor) -> None:
     if case.family.mixed:
         # windows and linear states of the host count padding, so its rows are not as if alone either
-        prompt_is_exact(result, called(Case(case.family, full_cache), mask))
+        prompt_is_exact(result, called(Case(case.family, host_cache), mask))
         return
     for row in range(2):
         near(result[0][row, -5:], called(case, mask, only=row)[0][0, -5:])
@@ -558,7 +558,7 @@ def positions_are_relative(case: Case, result: Tensors) -> None:
     if case.family.relative:
         near(*result, *called(case, positions=torch.arange(PROMPT_LENGTH)[None]))
     else:
-        prompt_is_exact(result, custom_positions(Case(case.family, full_cache)))
+        prompt_is_exact(result, custom_positions(Case(case.family, host_cache)))
 
 
 def packed(case: Case) -> Tensors:
@@ -568,7 +568,7 @@ def packed(case: Case) -> Tensors:
 
 def packed_as_the_host(case: Case, result: Tensors) -> None:
     """The host takes no notice of restarting positions once there is a cache, and so do we."""
-    prompt_is_exact(result, packed(Case(case.family, full_cache)))
+    prompt_is_exact(result, packed(Case(case.family, host_cache)))
 
 
 def prompt_is_exact(result: Tensors, expected: Tensors) -> None:
@@ -609,7 +609,7 @@ class Mode:
 
     def expected(self, family: Family) -> Tensors:
         """What a `DynamicCache` says."""
-        return (self.host or self.run)(Case(family, full_cache))
+        return (self.host or self.run)(Case(family, host_cache))
 
 
 PLAIN, BATCHES, LIFE, CALLS, NUMBERS = (

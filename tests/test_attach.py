@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from compatibility import longrope_model
 from helpers import TIGHT, feed, full_cache, greedy, left_padded, make_tokens, prompt
 from models import CONFIGS, build, new_model, tiny_model
 
@@ -64,6 +65,15 @@ def test_detach_removes_every_hook(family):
     detach(model)
     assert hooks(model) == 1
     own.remove()
+
+
+def test_detach_leaves_nothing_on_a_longrope_model():
+    model = longrope_model()
+    before = set(vars(model))
+    DeltaKVCache(model)
+    assert set(vars(model)) > before
+    detach(model)
+    assert set(vars(model)) == before
 
 
 def test_detach_of_a_copy_leaves_the_original():

@@ -6,11 +6,14 @@ import pytest
 import torch
 import transformers
 from compatibility import CELL_ERRORS, CELLS, PAGE, REFUSALS, page
-from families import BY_NAME, FAMILIES
+from families import BY_NAME, FAMILIES, host_cache
+from helpers import TIGHT, prompt
 from kinds import KINDS
 from models import tiny_model
-from modes import MODES, Case, greedy
+from modes import MODES, NEW, Case, errors, greedy
 from packaging.version import Version
+
+from deltakv_hf import DeltaKVCache
 
 OLD_HOST = Version(transformers.__version__) < Version("5.23")
 # in every mode, but that the host has no sdpa for gpt_oss
@@ -30,7 +33,8 @@ def host(cell):
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(cell, kind):
     expected, case = host(cell), Case(cell.family, kind.make)
-    if cell.error is not None:
+    # an older host may serve what the newest does not
+    if cell.error is not None and not (cell.error.by_host and OLD_HOST and not isinstance(expected, Exception)):
         if cell.error.by_host:
             assert isinstance(expected, cell.error.error), f"the host does not raise: {expected}"
         with pytest.raises(cell.error.error, match=cell.error.match):
@@ -41,7 +45,7 @@ def test_cell(cell, kind):
             pytest.skip(f"the host itself cannot do this: {expected}")
         raise expected
     result = cell.mode.run(case)
-    assert case.caches, "the mode made no cache"
+    assert case.caches and all(cache.get_seq_length() > 0 for cache in case.caches), "a cache was not used"
     if kind.lossless:
         for got, wanted in zip(result, expected, strict=True):
             assert torch.equal(got, wanted)
@@ -57,6 +61,19 @@ def test_cell(cell, kind):
 def test_refusal(refusal, kind):
     with pytest.raises(refusal.error, match=refusal.match):
         refusal.run(kind.make)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_8_bits_are_near_the_full_cache(family):
+    """Also the proof that keys are rotated back to the right place, which comparing a cache with itself is not."""
+    inputs, tokens = family.inputs([48, 31]), prompt(2, NEW, seed=3)
+    logits = [Case(family, make).forced(inputs, tokens) for make in (host_cache, eight_bits)]
+    error = errors(logits[1], logits[0]).median()
+    assert error < 0.06 and (error > 0 or not family.grows)
+
+
+def eight_bits(model):
+    return DeltaKVCache(model, **TIGHT, nbits=8)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.images], ids=lambda family: family.name)

@@ -127,8 +127,11 @@ def test_longrope_may_not_cross_its_switch():
 def test_longrope_on_either_side_of_its_switch(length):
     model = longrope()
     expected = greedy(model, prompt(1, length), full_cache(model), max_new_tokens=10)
-    got = greedy(model, prompt(1, length), DeltaKVCache(model, recent_window=4096), max_new_tokens=10)
+    cache = DeltaKVCache(model, recent_window=4096)
+    got = greedy(model, prompt(1, length), cache, max_new_tokens=10)
     assert torch.equal(got, expected)
+    # regression: the host dropped the empty cache of a prompt beyond the switch and used its own
+    assert cache.get_seq_length() == length + 9
 
 
 def test_bare_config_refuses_a_batch():
