@@ -1,0 +1,34 @@
+"""What the README shows runs."""
+
+import copy
+import re
+from pathlib import Path
+
+from families import FAMILIES
+from helpers import TIGHT, prompt
+from models import tiny_model
+from modes import MODES
+
+from deltakv_hf import DeltaKVCache
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def block(heading: str) -> str:
+    """The code under a heading."""
+    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_use_it_like_any_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, ids = tiny_model("llama"), prompt(1, 120)
+    cache = DeltaKVCache(model, **TIGHT)
+    model(ids, past_key_values=cache)
+    names = {"cache": cache, "model": model, "ids": ids, "copy": copy, "DeltaKVCache": DeltaKVCache}
+    exec(block("Use it like any cache"), names)
+    assert names["branch"].get_seq_length() == names["keys"].shape[2] == 70
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_the_size_of_the_matrix():
+    assert f"{len(FAMILIES)} model families in {len(MODES)} modes" in README
