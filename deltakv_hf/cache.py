@@ -138,6 +138,8 @@ class DeltaKVCache(Cache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Stores `[batch, num_key_value_heads, q, head_dim]` new tokens of a layer; see `DeltaKVLayer.update`."""
+        if torch.compiler.is_compiling():
+            return self._update_untraced(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         if isinstance(layer, DeltaKVLayer):
             check_length(self._longrope_switch, layer.columns, key_states.shape[2])
@@ -150,6 +152,12 @@ class DeltaKVCache(Cache):
         if self._bare_rope is not None and self._ledger.step is None:
             self._bare_rope.forget()
         return states
+
+    @torch.compiler.disable
+    def _update_untraced(self, *args, **kwargs):
+        # a trace of the coding of tokens takes long to make and gains nothing
+        states = self.update(*args, **kwargs)
+        return tuple(s.materialize() if isinstance(s, LazyStates) else s for s in states)
 
     def _derive_tables(self, layer: DeltaKVLayer, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != 1 or self._ledger.row_columns is not None:

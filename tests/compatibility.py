@@ -197,7 +197,7 @@ Every cell is tested twice, on a tiny random model of the family:
 * **compressed** ({options}):
   the cache holds compressed tokens and less than the dense bytes, the prompt's own logits are those of `DynamicCache`,
   and the mode says what the same cache says in plain generation: a row of a batch what it says alone, beams the scores
-  of their tokens, drafts and crops leave no trace, and so on (`tests/modes.py`).
+  of their tokens, drafts and crops leave no trace, and so on (`tests/modes*.py`).
 
 `✓`: both hold. `host (n)`: the host itself raises there, with `DynamicCache` as with ours; note n says why.
 `error (n)`: ours raises, where `DynamicCache` says something wrong without a word.

@@ -5,12 +5,14 @@ import functools
 import pytest
 import torch
 import transformers
+from case import NEW, Case, errors
 from compatibility import CELL_ERRORS, CELLS, PAGE, REFUSALS, page
 from families import BY_NAME, FAMILIES, host_cache
 from helpers import TIGHT, prompt
 from kinds import KINDS
 from models import tiny_model
-from modes import MODES, NEW, Case, errors, greedy
+from modes import MODES
+from modes_generation import greedy
 from packaging.version import Version
 
 from deltakv_hf import DeltaKVCache
