@@ -173,9 +173,9 @@ class DeltaKVCache(Cache):
         """Compresses all tokens beyond the window now; the state is then a function of the tokens fed alone."""
         self._ledger.check_whole()
         self._ledger.settle()
-        flush = self._ledger.make_flush(merge=True)
-        if flush is not None:
-            for layer in self.own_layers:
+        with self._ledger.changing("flush"):
+            flush = self._ledger.make_flush(merge=True)
+            for layer in self.own_layers if flush is not None else ():
                 layer.flush(flush)
 
     def memory_report(self) -> MemoryReport:
@@ -256,6 +256,7 @@ class DeltaKVCache(Cache):
             raise InvalidOptionError(
                 f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-n)` removes n tokens."
             )
+        self._ledger.check_untorn()
         keep = max(0, self.get_seq_length() + tokens_to_remove)
         broken = self._ledger.step
         if broken is not None and keep > broken.past:
@@ -268,12 +269,13 @@ class DeltaKVCache(Cache):
             return
         # the host's layers first: they may refuse
         host_layers.crop(self._host_layers(), self.get_seq_length(), keep)
-        if broken is not None:
-            for layer in self.own_layers:
+        if keep == self._ledger.columns:
+            return
+        with self._ledger.changing("crop"):
+            for layer in self.own_layers if broken is not None else ():
                 if layer.columns == broken.past:
                     layer.complete(broken)
             self._ledger.close()
-        if keep < self._ledger.columns:
             crop = self._ledger.crop(keep)
             for layer in self.own_layers:
                 layer.crop_to(crop)
@@ -294,42 +296,49 @@ class DeltaKVCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes the old row `beam_idx[i]` (beam search)."""
-        for layer in self._host_layers():
-            layer.reorder_cache(beam_idx)
-        self._select(beam_idx)
+        self._select("reorder_cache", beam_idx, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps rows `indices`, in that order."""
-        for layer in self._host_layers():
-            layer.batch_select_indices(indices)
-        self._select(indices)
+        self._select("batch_select_indices", indices, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row becomes `repeats` rows next to each other."""
-        for layer in self._host_layers():
-            layer.batch_repeat_interleave(repeats)
-        self._select(torch.arange(self._ledger.batch_size).repeat_interleave(repeats))
+        rows = torch.arange(self._ledger.batch_size).repeat_interleave(repeats)
+        self._select("batch_repeat_interleave", repeats, rows)
 
-    def _select(self, rows: torch.Tensor) -> None:
+    def _select(self, operation: str, argument: object, rows: torch.Tensor) -> None:
+        """Does `operation(argument)` in the host's layers and what it means, the choice of `rows`, in ours."""
         ledger = self._ledger
         ledger.check_whole()
-        if ledger.batch_size == 0:
-            return
         ledger.settle()
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        # equal rows need no host copy of the indices, so beam search on an unpadded batch never waits
-        ledger.select_rows(rows.tolist() if ledger.row_columns is not None else None, len(rows))
+        # on a GPU the question would wait for the device, which asks it itself
+        known = ledger.batch_size > 0 and rows.device.type == "cpu"
+        if known and ((rows < 0) | (rows >= ledger.batch_size)).any():
+            raise InvalidOptionError(
+                f"rows for `{operation}` must be from 0 to {ledger.batch_size - 1}, got {rows.tolist()}."
+            )
+        # a layer of the host that lacks the operation says so before anything is changed
+        change_host = [getattr(layer, operation) for layer in self._host_layers()]
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.index_select(0, rows.to(tensor.device))
 
-        for layer in self.own_layers:
-            layer.map(change)
-            if not any(ledger.compressed):
-                layer.drop_sinks()
-        for tables in self._registry.tables:
-            tables.map(change)
+        with ledger.changing(operation):
+            for change_layer in change_host:
+                change_layer(argument)
+            if ledger.batch_size == 0:
+                return
+            # equal rows need no host copy of the indices, so beam search on an unpadded batch never waits
+            ledger.select_rows(rows.tolist() if ledger.row_columns is not None else None, len(rows))
+            for layer in self.own_layers:
+                layer.map(change)
+                if not any(ledger.compressed):
+                    layer.drop_sinks()
+            for tables in self._registry.tables:
+                tables.map(change)
 
     def save(self, path, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """Writes everything held to one safetensors file, whole or not at all; the cache stays as it is.
@@ -380,6 +389,8 @@ class DeltaKVCache(Cache):
 
     def __deepcopy__(self, memo: dict) -> DeltaKVCache:
         new = memo[id(self)] = type(self).__new__(type(self))
+        if self.offloading:
+            memo[id(self.prefetch_stream)] = self.prefetch_stream
         vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return new
 

@@ -9,6 +9,8 @@ the host from the masks of the calls; nothing here waits for the device except a
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -35,6 +37,7 @@ class TokenLedger:
         step: the running forward, until it has reached every layer.
         num_layers, num_arrived: layers that share the ledger, and those that the running forward has been through.
         stats: what the cache has done so far.
+        torn: the operation between forwards that is changing the layers one by one, or was broken off.
     """
 
     config: DeltaKVConfig
@@ -52,6 +55,7 @@ class TokenLedger:
     num_layers: int = 0
     num_arrived: int = 0
     stats: CacheStats = field(default_factory=CacheStats)
+    torn: str | None = None
     _noted: list[torch.Tensor | None] = field(default_factory=list)
     _thread: int | None = None
     _settled: int = 0
@@ -80,6 +84,7 @@ class TokenLedger:
                 "one cache must serve one forward at a time, but another thread has begun one: make a cache for each, "
                 "`copy.deepcopy(cache)` if they share a prompt."
             )
+        self.check_untorn()
         if self.step is None:
             self._open(batch_size, query_length)
         step = self.step
@@ -145,8 +150,25 @@ class TokenLedger:
         """Forgets all counts."""
         self.__init__(self.config, num_layers=self.num_layers)
 
+    @contextmanager
+    def changing(self, operation: str) -> Iterator[None]:
+        """While layers are changed one by one; if that is broken off, only `reset` helps."""
+        self.check_untorn()
+        self.torn = operation
+        yield
+        self.torn = None
+
+    def check_untorn(self) -> None:
+        """Raises if an operation between forwards was broken off."""
+        if self.torn is not None:
+            raise CacheStateError(
+                f"every layer must hold the same tokens, but `{self.torn}` was broken off half-way. Call "
+                "`cache.reset()` and feed the tokens again."
+            )
+
     def check_whole(self) -> None:
         """Raises if the last forward did not reach every layer."""
+        self.check_untorn()
         if self.step is not None:
             raise CacheStateError(
                 f"the last forward must have reached all {self.num_layers} layers, but it stopped after "

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
 
-from deltakv_hf import DeltaKVCache, InvalidOptionError
+from deltakv_hf import CacheStateError, DeltaKVCache, InvalidOptionError
 
 FAMILIES = ["llama", "qwen3", "gemma3", "smollm3", "phi3-partial", "mistral-sliding", "cohere2"]
 PADDED = torch.ones(3, 50, dtype=torch.long)
@@ -332,3 +332,41 @@ def test_only_rows_without_compressed_tokens_remain(operation):
     cache.flush()
     alone = driven(tokens.alone(1))
     assert_same_tensors(row_records(cache, 1, 0), row_records(alone, 1, 0))
+
+
+@pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices"])
+def test_rows_that_are_not_there(operation):
+    cache = driven(make_tokens(40, batch=2))
+    with pytest.raises(InvalidOptionError, match=f"`{operation}`.*0 to 1.*\\[1, 2\\]"):
+        getattr(cache, operation)(torch.tensor([1, 2]))
+    assert_same_state(cache, driven(make_tokens(40, batch=2)))
+
+
+@pytest.mark.parametrize("operation", ["select", "crop", "flush"])
+def test_an_operation_that_is_broken_off_leaves_a_cache_that_says_so(operation, monkeypatch):
+    """As by running out of memory in the second layer."""
+    tokens = make_tokens(50, batch=2)
+    cache = driven(tokens, flush=False)
+    feed(cache, make_tokens(52, batch=2), [2], past=50)
+
+    def fail(*args):
+        raise MemoryError
+
+    calls = {
+        "select": lambda: cache.batch_select_indices(torch.tensor([0])),
+        "crop": lambda: cache.crop(-20),
+        "flush": cache.flush,
+    }
+    for name in ("map", "crop_to", "flush"):
+        monkeypatch.setattr(cache.layers[1], name, fail)
+    with pytest.raises(MemoryError):
+        calls[operation]()
+    later = [*calls.values(), lambda: cache.dequantize(0), lambda: feed(cache, make_tokens(53, batch=2), [1], past=52)]
+    for call in later:
+        with pytest.raises(CacheStateError, match="broken off half-way.*reset"):
+            call()
+    monkeypatch.undo()
+    cache.reset()
+    feed(cache, tokens, [50])
+    cache.flush()
+    assert_same_state(cache, driven(tokens))
