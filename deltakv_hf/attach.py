@@ -34,12 +34,14 @@ class LayerProbe:
         kind: "rope" (keys are un-rotated before they are compressed), "none" (the layer does not rotate),
             "opaque" (nothing is known that would undo its rotation; keys are compressed as received).
         form: how "rope" layers rotate, else None.
+        key_shape: its `(num_key_value_heads, head_dim)` as stored.
         rotary: the call that made the layer's tables, if it was found.
     """
 
     module: weakref.ref
     kind: str
     form: RopeForm | None
+    key_shape: tuple[int, int]
     rotary: RotaryCall | None = None
 
 
@@ -196,9 +198,10 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
 def _probe_layer(module: nn.Module, args, kwargs, first: _Recorder, config, watch: RotaryWatch) -> LayerProbe:
     """Compares the keys that the call `(args, kwargs)` stored in `first` with those of a call that does not rotate."""
     rotated = first.layers[module.layer_idx].keys
+    key_shape = rotated.shape[1], rotated.shape[3]
     tables = kwargs.get("position_embeddings")
     if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3):
-        return LayerProbe(weakref.ref(module), "opaque", None)
+        return LayerProbe(weakref.ref(module), "opaque", None, key_shape)
     # a sliding layer keeps its newest keys only
     cos, sin = (table[:, table.shape[1] - rotated.shape[2] :] for table in tables)
     recorder = DynamicCache(config=config)
@@ -206,11 +209,11 @@ def _probe_layer(module: nn.Module, args, kwargs, first: _Recorder, config, watc
     module(*args, **(kwargs | {_cache_name(kwargs): recorder, "position_embeddings": still}))
     plain = recorder.layers[module.layer_idx].keys
     if torch.equal(plain, rotated):
-        return LayerProbe(weakref.ref(module), "none", None)
+        return LayerProbe(weakref.ref(module), "none", None, key_shape)
     for form in _forms(cos, rotated.shape[-1]):
         if _explains(form, plain, rotated, cos, sin):
-            return LayerProbe(weakref.ref(module), "rope", form, watch.find(tables))
-    return LayerProbe(weakref.ref(module), "opaque", None)
+            return LayerProbe(weakref.ref(module), "rope", form, key_shape, watch.find(tables))
+    return LayerProbe(weakref.ref(module), "opaque", None, key_shape)
 
 
 def _forms(cos: torch.Tensor, head_dim: int) -> list[RopeForm]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from functools import partial
 
@@ -10,25 +9,24 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import host_layers
 from .attach import attach, unwrap
 from .bare import FORM, BareRope
+from .base import CompressedCache
 from .compressor import DirectCompressor
 from .config import DeltaKVConfig
 from .conversion import fill, to_dynamic
-from .errors import CacheStateError, InvalidOptionError, NotPicklableError, UnsupportedModelError
-from .hf_compat import Cache, DynamicCache, DynamicLayer
+from .errors import CacheStateError, InvalidOptionError, UnsupportedModelError
+from .hf_compat import DynamicCache, DynamicLayer
 from .layer import DeltaKVLayer
 from .lazy import LazyStates
 from .ledger import TokenLedger
 from .memory import MemoryReport, report
 from .rope import RopeRegistry
 from .saving import SavedPrompt, load, save
-from .stats import CacheStats
 from .support import check_config, check_length, longrope_switch
 
 
-class DeltaKVCache(Cache):
+class DeltaKVCache(CompressedCache):
     """Drop-in KV cache for `model.generate(past_key_values=...)` (DeltaKV, arXiv 2602.08005).
 
     Full-attention layers keep the first tokens and a recent window as they are and everything between as packed
@@ -91,35 +89,12 @@ class DeltaKVCache(Cache):
             layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry)
         if offloading and not torch.accelerator.is_available():
             raise InvalidOptionError("`offloading` must be False on a machine without an accelerator, got True.")
+        # a linear layer can't tell which forwards have been through it
+        self._touched: dict[int, int] = {}
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self._ledger.num_layers = len(self.own_layers)
 
-    @property
-    def own_layers(self) -> list[DeltaKVLayer]:
-        """The layers that compress; the others are the host's."""
-        return [layer for layer in self.layers if isinstance(layer, DeltaKVLayer)]
-
-    def _host_layers(self) -> list:
-        return [layer for layer in self.layers if not isinstance(layer, DeltaKVLayer)]
-
     # -- what the hooks and the model tell ------------------------------------------------------------------------
-
-    def note_forward(
-        self, module: nn.Module, attention_mask: object, input_ids: torch.Tensor | None = None, use_cache=None
-    ) -> None:
-        """Called by the hook on the model before a forward with this cache."""
-        if use_cache is False and input_ids is not None and 0 < self.get_seq_length() == input_ids.shape[-1] - 1:
-            raise CacheStateError(
-                "`use_cache` must not be False in `generate` with a cache, got False: every step would feed the whole "
-                f"text on top of the {self.get_seq_length()} tokens held. Leave out one of the two."
-            )
-        if self._ledger.num_layers == 0:
-            return
-        for layer_idx, layer in enumerate(self.layers):
-            # a layer that stores nothing may share the keys of another
-            if isinstance(layer, DynamicLayer) and (layer.is_initialized or layer_idx in self._probes):
-                self._ledger.check_length(layer_idx, layer.get_seq_length())
-        self._ledger.note_mask(attention_mask, outermost=self._model is not None and module is self._model())
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
         """Called by the hook on attention modules; `tables` are the module's `position_embeddings`."""
@@ -171,7 +146,7 @@ class DeltaKVCache(Cache):
 
     def flush(self) -> None:
         """Compresses all tokens beyond the window now; the state is then a function of the tokens fed alone."""
-        self._ledger.check_whole()
+        self._check_whole()
         self._ledger.settle()
         with self._ledger.changing("flush"):
             flush = self._ledger.make_flush(merge=True)
@@ -181,6 +156,8 @@ class DeltaKVCache(Cache):
     def memory_report(self) -> MemoryReport:
         """Bytes held, by part, beside those of a `DynamicCache`; prints as a table."""
         extra = self._bare_rope.tensors() if self._bare_rope is not None else []
+        if self.saved_prompt is not None:
+            extra += [self.saved_prompt.input_ids, self.saved_prompt.attention_mask]
         return report(self.layers, self._ledger, self._registry, extra)
 
     def dequantize(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,6 +168,9 @@ class DeltaKVCache(Cache):
         Raises:
             CacheStateError: the layer holds no keys and values, or the last forward was broken off.
         """
+        if not -len(self.layers) <= layer_idx < len(self.layers):
+            raise InvalidOptionError(f"`layer_idx` must be below {len(self.layers)}, got {layer_idx}.")
+        self._check_whole()
         layer = self.layers[layer_idx]
         if isinstance(layer, DeltaKVLayer):
             return layer.dequantize()
@@ -202,6 +182,7 @@ class DeltaKVCache(Cache):
 
     def __iter__(self):
         """Yields keys, values, sliding-window tensor or None of each layer, as `DynamicCache` does, decoded in turn."""
+        self._check_whole()
         for layer in self.layers:
             own = isinstance(layer, DeltaKVLayer)
             pair = layer.dequantize() if own and layer.is_initialized else (layer.keys, layer.values)
@@ -209,6 +190,7 @@ class DeltaKVCache(Cache):
 
     def to_dynamic_cache(self) -> DynamicCache:
         """A `DynamicCache` of the decoded tokens, in memory of its own; padding is zero."""
+        self._check_whole()
         return to_dynamic(self)
 
     @classmethod
@@ -235,110 +217,6 @@ class DeltaKVCache(Cache):
         made = cls(model, **options)
         fill(made, cache, attention_mask, position_ids)
         return made
-
-    def stats(self) -> CacheStats:
-        """What the cache has done so far."""
-        return self._ledger.stats
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest columns: `crop(-n)` removes n.
-
-        Raw tokens go without a trace. Beyond them the compressed tokens that stay keep their codes. After a forward
-        that was broken off, a crop to its beginning or further makes the cache whole again.
-
-        Raises:
-            InvalidOptionError: a positive number.
-            CacheStateError: a broken forward would stay in part, or a layer of the host can't go back.
-        """
-        # transformers 5.17 counts rejected drafts in a tensor
-        tokens_to_remove = int(tokens_to_remove)
-        if tokens_to_remove > 0:
-            raise InvalidOptionError(
-                f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-n)` removes n tokens."
-            )
-        self._ledger.check_untorn()
-        keep = max(0, self.get_seq_length() + tokens_to_remove)
-        broken = self._ledger.step
-        if broken is not None and keep > broken.past:
-            raise CacheStateError(
-                f"`crop` must take back the forward that was broken off and leave at most {broken.past} columns, got "
-                f"{keep}: crop by {keep - broken.past} more."
-            )
-        if keep == 0:
-            self.reset()
-            return
-        # the host's layers first: they may refuse
-        host_layers.crop(self._host_layers(), self.get_seq_length(), keep)
-        if keep == self._ledger.columns:
-            return
-        with self._ledger.changing("crop"):
-            for layer in self.own_layers if broken is not None else ():
-                if layer.columns == broken.past:
-                    layer.complete(broken)
-            self._ledger.close()
-            crop = self._ledger.crop(keep)
-            for layer in self.own_layers:
-                layer.crop_to(crop)
-            for tables in self._registry.tables:
-                tables.crop(keep)
-
-    def reset(self) -> None:
-        """Forgets everything; options and model stay."""
-        # the host's own layers are made anew: before transformers 5.18 their `reset` keeps the old length
-        fresh = DynamicCache(config=self.model_config).layers
-        for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, DeltaKVLayer):
-                layer.reset()
-            else:
-                self.layers[layer_idx] = fresh[layer_idx]
-        self._ledger.reset()
-        self._registry.tables.clear()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` becomes the old row `beam_idx[i]` (beam search)."""
-        self._select("reorder_cache", beam_idx, beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps rows `indices`, in that order."""
-        self._select("batch_select_indices", indices, indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row becomes `repeats` rows next to each other."""
-        rows = torch.arange(self._ledger.batch_size).repeat_interleave(repeats)
-        self._select("batch_repeat_interleave", repeats, rows)
-
-    def _select(self, operation: str, argument: object, rows: torch.Tensor) -> None:
-        """Does `operation(argument)` in the host's layers and what it means, the choice of `rows`, in ours."""
-        ledger = self._ledger
-        ledger.check_whole()
-        ledger.settle()
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
-        # on a GPU the question would wait for the device, which asks it itself
-        known = ledger.batch_size > 0 and rows.device.type == "cpu"
-        if known and ((rows < 0) | (rows >= ledger.batch_size)).any():
-            raise InvalidOptionError(
-                f"rows for `{operation}` must be from 0 to {ledger.batch_size - 1}, got {rows.tolist()}."
-            )
-        # a layer of the host that lacks the operation says so before anything is changed
-        change_host = [getattr(layer, operation) for layer in self._host_layers()]
-
-        def change(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.index_select(0, rows.to(tensor.device))
-
-        with ledger.changing(operation):
-            for change_layer in change_host:
-                change_layer(argument)
-            if ledger.batch_size == 0:
-                return
-            # equal rows need no host copy of the indices, so beam search on an unpadded batch never waits
-            ledger.select_rows(rows.tolist() if ledger.row_columns is not None else None, len(rows))
-            for layer in self.own_layers:
-                layer.map(change)
-                if not any(ledger.compressed):
-                    layer.drop_sinks()
-            for tables in self._registry.tables:
-                tables.map(change)
 
     def save(self, path, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """Writes everything held to one safetensors file, whole or not at all; the cache stays as it is.
@@ -384,27 +262,6 @@ class DeltaKVCache(Cache):
         """
         make = partial(cls, model, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         return load(cls, path, model, input_ids, make)
-
-    # -- copies --------------------------------------------------------------------------------------------------
-
-    def __deepcopy__(self, memo: dict) -> DeltaKVCache:
-        new = memo[id(self)] = type(self).__new__(type(self))
-        if self.offloading:
-            memo[id(self.prefetch_stream)] = self.prefetch_stream
-        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        return new
-
-    def __reduce_ex__(self, protocol: int):
-        raise NotPicklableError(
-            f"a {type(self).__name__} can't be pickled or copied shallowly: it belongs to a model in this process. Use "
-            "`copy.deepcopy(cache)` for a copy and `cache.save(path)` for a file."
-        )
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether every layer has its shapes; ours take them from the first tokens."""
-        layers = [layer for layer in self.layers if isinstance(layer, DeltaKVLayer) or layer.supports_early_init]
-        return len(layers) > 0 and all(layer.is_initialized for layer in layers)
 
     def __repr__(self) -> str:
         own = len(self.own_layers)

@@ -41,6 +41,8 @@ def fill(cache, dynamic: DynamicCache, attention_mask: torch.Tensor | None, posi
         )
     batch, columns = _size(layers)
     for name, given, rows in (("attention_mask", attention_mask, {batch}), ("position_ids", position_ids, {1, batch})):
+        if given is not None and not torch.is_tensor(given):
+            raise InvalidOptionError(f"`{name}` must be a tensor or None, got a {type(given).__name__}.")
         if given is not None and (given.ndim != 2 or given.shape[0] not in rows or given.shape[1] != columns):
             raise InvalidOptionError(
                 f"`{name}` must have the shape {(batch, columns)} of the tokens in `cache`, got {tuple(given.shape)}."
@@ -49,7 +51,9 @@ def fill(cache, dynamic: DynamicCache, attention_mask: torch.Tensor | None, posi
         position_ids = torch.arange(columns)[None]
     elif position_ids is None:
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    cache._ledger.note_mask(attention_mask, outermost=True)
+    _check_shapes(cache, layers)
+    if cache.own_layers:
+        cache._ledger.note_mask(attention_mask, outermost=True)
     made = {}
     for layer_idx, (layer, source) in enumerate(zip(cache.layers, layers, strict=True)):
         if not isinstance(layer, DeltaKVLayer):
@@ -68,6 +72,16 @@ def _size(layers: list) -> tuple[int, int]:
             f"`cache` must hold the tokens of a prompt, the same in every layer, got lengths {sorted(lengths)}."
         )
     return held[0].keys.shape[0], lengths.pop()
+
+
+def _check_shapes(cache, layers: list) -> None:
+    for layer_idx, probe in cache._probes.items():
+        keys = getattr(layers[layer_idx], "keys", None)
+        if keys is not None and (keys.shape[1], keys.shape[3]) != probe.key_shape:
+            raise InvalidOptionError(
+                f"`cache` must hold {probe.key_shape[0]} heads of {probe.key_shape[1]} numbers in layer {layer_idx}, "
+                f"as the model has, got {keys.shape[1]} of {keys.shape[3]}: it is of another model."
+            )
 
 
 def _fill_host_layer(cache, layer_idx: int, source: object) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "HostCopy",
+    "LinearAttentionCacheLayerMixin",
     "check_versions",
     "execution_device",
     "host_version",
@@ -42,6 +43,7 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
 )
 
 

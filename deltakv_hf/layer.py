@@ -87,6 +87,7 @@ class DeltaKVLayer(CacheLayerMixin):
                 "`key_states` must not require grad: stored bytes carry no gradient. Run the model under "
                 "`torch.no_grad()`."
             )
+        self._check_handed()
         step = self.ledger.arrive(self.columns, key_states.shape[0], key_states.shape[2])
         if step.past == 0 and not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -115,6 +116,11 @@ class DeltaKVLayer(CacheLayerMixin):
         self.state = state
         return view
 
+    def has_begun(self, step: Step) -> bool:
+        """Whether the layer has changed in a forward that was broken off."""
+        flushed = step.before is not None and self.is_initialized and self.state.num_flushes >= step.before.number
+        return flushed or self.columns > step.past
+
     def complete(self, step: Step) -> None:
         """Takes zeros for the tokens of a forward that was broken off before this layer; `crop` removes them."""
         if self.tables is not None:
@@ -122,13 +128,15 @@ class DeltaKVLayer(CacheLayerMixin):
         raw = self.state.tail_keys, self.state.tail_values
         self._store(step, *(part.new_zeros(*part.shape[:2], step.query_length, part.shape[3]) for part in raw))
 
-    def _take_tables(self, step: Step) -> None:
-        handed, self._handed = self._handed, None
-        if handed is None or (self.form is not None and len(handed) != 2):
+    def _check_handed(self) -> None:
+        if self._handed is None or (self.form is not None and len(self._handed) != 2):
             raise CacheStateError(
                 f"layer {self.layer_idx} must be handed the RoPE tables of every forward before `update`, got none: "
                 "the cache is used with a model that it was not made for. Make it with `DeltaKVCache(model)`."
             )
+
+    def _take_tables(self, step: Step) -> None:
+        handed, self._handed = self._handed, None
         if self.form is None:
             return
         cos, sin = handed
@@ -299,6 +307,7 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def crop_to(self, crop: Crop) -> None:
         """Forgets the newest columns, those in the store included: what stays of it keeps its codes."""
+        self._handed = None
         if self.is_initialized:
             self.state = self.state.crop(crop, self.compressor.cut)
 

@@ -19,6 +19,7 @@ from .config import DeltaKVConfig
 from .errors import CacheStateError
 from .hf_compat import HostCopy
 from .layout import Crop, Flush, FlushGroup, Layout, Step, stack
+from .references import Lattice, check_num_references
 from .stats import CacheStats
 
 
@@ -37,6 +38,8 @@ class TokenLedger:
         step: the running forward, until it has reached every layer.
         num_layers, num_arrived: layers that share the ledger, and those that the running forward has been through.
         stats: what the cache has done so far.
+        serial, closed_serial: number of the newest forward that a module has begun, and of the newest that has been
+            through every layer of ours.
         torn: the operation between forwards that is changing the layers one by one, or was broken off.
     """
 
@@ -55,19 +58,27 @@ class TokenLedger:
     num_layers: int = 0
     num_arrived: int = 0
     stats: CacheStats = field(default_factory=CacheStats)
+    serial: int = 0
+    closed_serial: int = 0
     torn: str | None = None
     _noted: list[torch.Tensor | None] = field(default_factory=list)
+    _noting: frozenset[int] = frozenset()
+    _noted_at: int | None = None
     _thread: int | None = None
+    _before_step: dict | None = None
     _settled: int = 0
     _arriving: HostCopy | None = None
 
-    def note_mask(self, attention_mask: object, outermost: bool) -> None:
-        """Takes the mask argument of the coming forward; modules inside the outermost one do not override it."""
+    def note_mask(self, attention_mask: object, outermost: bool, module: object = None) -> None:
+        """Takes the mask argument of the coming forward; modules inside the one that began it do not override it."""
         if outermost:
             self.check_whole()
-        if outermost or not self._noted:
-            self._noted = [attention_mask]
-            self._thread = threading.get_ident()
+        # a module that comes again before any layer does begins anew: its first try has failed
+        if outermost or not self._noted or id(module) in self._noting:
+            self._noted, self._noting = [attention_mask], frozenset()
+            self._thread, self._noted_at = threading.get_ident(), self.columns
+            self.serial += 1
+        self._noting |= {id(module)}
 
     def arrive(self, columns: int, batch_size: int, query_length: int) -> Step:
         """A layer that holds `columns` columns comes with new tokens; the first one opens the forward for all.
@@ -79,12 +90,13 @@ class TokenLedger:
         Returns:
             What every layer does in this forward.
         """
-        if self._thread not in (None, threading.get_ident()):
+        self.check_untorn()
+        overtaken = self.step is None and self._noted_at not in (None, self.columns)
+        if overtaken or self._thread not in (None, threading.get_ident()):
             raise CacheStateError(
-                "one cache must serve one forward at a time, but another thread has begun one: make a cache for each, "
+                "one cache must serve one forward at a time, but another one has begun: make a cache for each, "
                 "`copy.deepcopy(cache)` if they share a prompt."
             )
-        self.check_untorn()
         if self.step is None:
             self._open(batch_size, query_length)
         step = self.step
@@ -101,21 +113,28 @@ class TokenLedger:
         self.num_arrived += 1
         if self.num_arrived == self.num_layers:
             self.close()
+            self.closed_serial = self.serial
             self.stats = self.stats.plus(forwards=1)
 
     def close(self) -> None:
         """Ends the running forward."""
-        self.step = self._thread = None
+        self.step = self._thread = self._before_step = None
 
     def _open(self, batch_size: int, query_length: int) -> None:
         before = dict(vars(self))
         try:
             mask = self._noted.pop() if self._noted else None
             self.step, self.num_arrived = self._begin(batch_size, query_length, mask), 0
+            self._before_step = before
         except BaseException:
             # refused or interrupted: nothing has happened (no count is changed in place)
             vars(self).update(before)
             raise
+
+    def undo(self) -> None:
+        """Takes back the running forward, of which no layer has done anything."""
+        vars(self).update(self._before_step)
+        self.close()
 
     def _way_out(self) -> str:
         past = self.columns if self.step is None else self.step.past
@@ -146,9 +165,25 @@ class TokenLedger:
         self.row_columns, self._settled = row_columns, self.columns
         self._relayout()
 
-    def reset(self) -> None:
-        """Forgets all counts."""
-        self.__init__(self.config, num_layers=self.num_layers)
+    def reset(self, stats: CacheStats | None = None) -> None:
+        """Forgets all counts, those of `stats` only if none are given."""
+        self.__init__(self.config, num_layers=self.num_layers, stats=stats or CacheStats())
+
+    def check_touched(self, touched: dict[int, int]) -> None:
+        """Raises if the newest forward of a linear layer (by `layer_idx`) is not the newest of ours."""
+        for layer_idx, serial in touched.items():
+            if serial != self.closed_serial:
+                raise CacheStateError(
+                    f"every layer must have been through the same forwards, but linear layer {layer_idx} has not: one "
+                    "was broken off. Call `cache.reset()` and feed the tokens again."
+                )
+
+    @contextmanager
+    def resetting(self) -> Iterator[None]:
+        """While everything is forgotten; if that is broken off, it must be done again."""
+        self.torn = "reset"
+        yield
+        self.torn = None
 
     @contextmanager
     def changing(self, operation: str) -> Iterator[None]:
@@ -264,12 +299,17 @@ class TokenLedger:
         targets = [max(self.canonical(n), c) for n, c in zip(self.seen, self.compressed, strict=True)]
         if targets == self.compressed and not (merge and self.columns > self.merged):
             return None
+        check_num_references(self._lattice, max(targets))
         flush = self._even_flush(targets[0]) if self.row_columns is None else self._ragged_flush(targets)
         self.num_flushes += 1
         self.stats = self.stats.plus(encoded_tokens=sum(targets) - sum(self.compressed))
         self.compressed, self.merged = targets, self.columns
         self._relayout()
         return flush
+
+    @property
+    def _lattice(self) -> Lattice:
+        return Lattice(self.config.reference_stride, self.config.reference_growth)
 
     def _relayout(self) -> None:
         self.layout = Layout(self.config.num_sink_tokens, self.compressed, self.merged, self.row_columns)
@@ -316,6 +356,15 @@ class TokenLedger:
         self.batch_size = batch_size
         self._relayout()
 
+    def stats_of_empty(self) -> CacheStats:
+        """The counts if a crop left nothing."""
+        return self._count_crop(self.columns, sum(self.compressed))
+
+    def _count_crop(self, cropped: int, dropped: int) -> CacheStats:
+        return self.stats.plus(
+            crops=cropped > 0, cropped_columns=cropped, deep_crops=dropped > 0, dropped_tokens=dropped
+        )
+
     def crop(self, keep: int) -> Crop:
         """Forgets columns `keep ..`, compressed tokens included; returns what every layer does."""
         self.settle()
@@ -325,10 +374,7 @@ class TokenLedger:
             kept = [len(c) for c in self.row_columns]
         merged = min(self.merged, keep)
         crop = self._plan_crop(keep, merged, kept)
-        cropped, dropped = self.columns - keep, crop.num_dropped
-        self.stats = self.stats.plus(
-            crops=cropped > 0, cropped_columns=cropped, deep_crops=dropped > 0, dropped_tokens=dropped
-        )
+        self.stats = self._count_crop(self.columns - keep, crop.num_dropped)
         self.seen, self.compressed, self.tail_lengths = kept, crop.compressed, crop.tail_lengths
         self.tail_width = max(crop.tail_lengths, default=0)
         self.columns = self._settled = keep

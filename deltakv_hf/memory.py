@@ -93,6 +93,8 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
             for raw in (state.tail_keys, state.tail_values):
                 dense += ledger.batch_size * raw.shape[1] * layer.columns * raw.shape[3] * raw.element_size()
             compressed = sum(ledger.compressed)
-    parts["RoPE tables"] = held_bytes(t for tables in registry.tables for t in (tables.cos, tables.sin))
+    parts["RoPE tables"] = held_bytes(
+        table for tables in registry.tables for table in (tables.cos, tables.sin) if table is not None
+    )
     parts["bookkeeping"] = held_bytes(ledger.tensors() + extra)
     return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed)

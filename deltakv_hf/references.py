@@ -8,7 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from .errors import CacheStateError
 from .hf_compat import upload
+
+MAX_REFERENCES = 2**16
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,13 @@ def _span(lattice: Lattice, start: int, stop: int, device: torch.device) -> Span
     num_before = is_reference.cumsum(0) - is_reference.long() + lattice.count(start)
     parts = offsets[is_reference], offsets[~is_reference], num_before[~is_reference]
     return Span(*(upload(part, device) for part in parts))
+
+
+def check_num_references(lattice: Lattice, num_tokens: int) -> None:
+    """Raises if `num_tokens` compressed tokens of a row have more references than 16 bits can number."""
+    if lattice.count(num_tokens) > MAX_REFERENCES:
+        raise CacheStateError(
+            f"a row must have at most {MAX_REFERENCES} references (their numbers are 16 bits), got "
+            f"{lattice.count(num_tokens)} for {num_tokens} compressed tokens: raise `reference_stride` or "
+            "`reference_growth`."
+        )

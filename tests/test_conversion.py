@@ -102,6 +102,9 @@ def test_from_dynamic_refuses():
         ([(1, 2)], {}, r"`cache` must be a DynamicCache, got list"),
         (dynamic, {"attention_mask": torch.ones(2, 19)}, r"`attention_mask`.*\(2, 20\).*\(2, 19\)"),
         (dynamic, {"attention_mask": torch.ones(1, 20)}, r"`attention_mask`.*\(2, 20\).*\(1, 20\)"),
+        (dynamic, {"attention_mask": [[1] * 20] * 2}, r"`attention_mask` must be a tensor or None, got a list"),
+        (prefilled(tiny_model("llama-mha"), {"input_ids": prompt(2, 20)}, full_cache(tiny_model("llama-mha"))), {},
+         r"`cache` must hold 2 heads of 8 numbers in layer 0, as the model has, got 4 of 8"),
         (dynamic, {"position_ids": torch.ones(3, 20)}, r"`position_ids`.*\(2, 20\).*\(3, 20\)"),
     ]  # fmt: skip
     for cache, options, message in bad:
@@ -132,6 +135,11 @@ def test_reading_an_empty_layer():
         with pytest.raises(CacheStateError, match=f"layer {layer_idx}"):
             cache.dequantize(layer_idx)
     assert [(keys, values) for keys, values, _ in cache] == [(None, None)] * 2
+
+
+def test_a_layer_that_is_not_there():
+    with pytest.raises(InvalidOptionError, match="`layer_idx` must be below 2, got 99"):
+        driven(make_tokens(20)).dequantize(99)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 from test_padding import masks
 
-from deltakv_hf import CacheStateError, DeltaKVCache
+from deltakv_hf import CacheStateError, DeltaKVCache, InvalidOptionError, references
 
 
 @st.composite
@@ -194,3 +194,69 @@ def test_a_model_goes_on_after_an_interrupt_and_a_crop(at, length, options):
     expected = model(ids[:, 40:], past_key_values=whole).logits
     assert torch.equal(model(ids[:, 40:], past_key_values=cache).logits, expected)
     assert_same_state(cache, whole)
+
+
+def test_a_forward_that_no_layer_took_in_leaves_no_trace(monkeypatch):
+    """A long call would compress the window as well; the first layer fails before it has done anything."""
+    tokens = make_tokens(60)
+    cache = driven(tokens.columns(slice(0, 14)), flush=False)
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(type(cache.layers[0].compressor), "append", fail)
+    with pytest.raises(MemoryError):
+        feed(cache, tokens, [46], past=14)
+    monkeypatch.undo()
+    cache.crop(0)
+    assert_same_state(cache, driven(tokens.columns(slice(0, 14)), flush=False))
+    feed(cache, tokens, [46], past=14)
+    cache.flush()
+    assert_same_state(cache, driven(tokens))
+
+
+def test_taking_back_may_be_tried_again(monkeypatch):
+    tokens = make_tokens(60)
+    cache = driven(tokens.columns(slice(0, 14)), flush=False)
+    cache._ledger.note_mask(None, outermost=True)
+    part, append = tokens.columns(slice(14, 60)), type(cache.layers[0].compressor).append
+    cache.layers[0].receive_tables(part.cos.clone(), part.sin.clone())
+    cache.update(part.keys[0].clone(), part.values[0].clone(), 0)
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(type(cache.layers[0].compressor), "append", fail)
+    with pytest.raises(MemoryError):
+        cache.crop(-46)
+    monkeypatch.setattr(type(cache.layers[0].compressor), "append", append)
+    cache.crop(-46)
+    feed(cache, tokens, [46], past=14)
+    cache.flush()
+    assert_same_state(cache, driven(tokens))
+
+
+def test_too_many_references_are_refused_before_anything_is_done(monkeypatch):
+    tokens = make_tokens(60)
+    cache = driven(tokens.columns(slice(0, 14)), flush=False)
+    monkeypatch.setattr(references, "MAX_REFERENCES", 5)
+    with pytest.raises(CacheStateError, match="at most 5 references.*reference_stride"):
+        feed(cache, tokens, [46], past=14)
+    assert_same_state(cache, driven(tokens.columns(slice(0, 14)), flush=False))
+    feed(cache, tokens.columns(slice(0, 20)), [6], past=14)
+
+
+@pytest.mark.parametrize("number", [-1.5, "a", None, float("nan"), torch.tensor([-1, -2]), torch.tensor(-1.5)], ids=str)
+def test_a_crop_by_what_is_no_whole_number(number):
+    with pytest.raises(InvalidOptionError, match="`tokens_to_remove` must be a whole number"):
+        driven(make_tokens(20)).crop(number)
+
+
+def test_a_crop_to_nothing_is_counted_and_windows_go_on_recording():
+    model = tiny_model("gemma3")
+    cache = DeltaKVCache(model, **TIGHT)
+    cache.activate_past_recording()
+    model(prompt(), past_key_values=cache)
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0 and cache.stats().cropped_columns == 48
+    assert cache.layers[0].record_past

@@ -346,6 +346,87 @@ def test_two_forwards_that_begin_before_either_reaches_a_layer():
         model(prompt(), past_key_values=cache)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_forward_that_another_one_has_overtaken(nested):
+    """Regression: positions and mask were made for 40 columns, and 41 were held when the layers came."""
+    model = tiny_model("llama")
+    cache, alone = DeltaKVCache(model, **TIGHT), DeltaKVCache(model, **TIGHT)
+    for held in (cache, alone):
+        model(prompt(1, 40), past_key_values=held)
+
+    def other(*args):
+        handle.remove()
+        with torch.no_grad():
+            model(prompt(1, 1, seed=1), past_key_values=cache)
+
+    def in_a_thread(*args):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[0].register_forward_pre_hook(other if nested else in_a_thread)
+    with pytest.raises(CacheStateError, match="one forward at a time"):
+        model(prompt(1, 1, seed=2), past_key_values=cache)
+    model(prompt(1, 1, seed=1), past_key_values=alone)
+    assert_same_state(cache, alone)
+
+
+@pytest.mark.parametrize("first", ["inner", "outer"])
+def test_the_mask_of_a_forward_that_failed_is_forgotten(first):
+    """Regression: the text decoder, called by itself, was given the mask of a call that had not come to a layer."""
+    model = tiny_model("llama")
+    cache, inputs = DeltaKVCache(model, **TIGHT), left_padded([20, 12])
+    wrong = torch.ones_like(inputs["attention_mask"])
+    with pytest.raises(IndexError):
+        (model if first == "outer" else model.model)(
+            input_ids=inputs["input_ids"] + 1000, attention_mask=wrong, past_key_values=cache
+        )
+    model.model(**inputs, past_key_values=cache)
+    cache.flush()
+    assert cache.memory_report().tokens == 32
+
+
+@pytest.mark.parametrize("layer_types", [["conv", "full_attention"], ["full_attention", "conv"]], ids="-".join)
+def test_a_forward_that_broke_off_beside_a_convolution(layer_types):
+    """Regression: a convolution keeps no count, so nobody saw that it had read a token more or less."""
+    model = build(tf.Lfm2Config(**SMALL, layer_types=layer_types, conv_L_cache=3))
+    cache = DeltaKVCache(model, **TIGHT)
+    model(prompt(), past_key_values=cache)
+    model(prompt(1, 1), past_key_values=cache)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[0].ffn_norm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(1, 1), past_key_values=cache)
+    handle.remove()
+    for call in (lambda: model(prompt(1, 1), past_key_values=cache), cache.flush, cache.to_dynamic_cache):
+        with pytest.raises(CacheStateError, match="broken off.*reset"):
+            call()
+    cache.reset()
+    assert torch.equal(greedy(model, prompt(), cache), greedy(model, prompt(), DeltaKVCache(model, **TIGHT)))
+
+
+def test_a_broken_forward_beside_a_window_of_the_host_is_noticed_by_every_operation():
+    model = tiny_model("gemma3")
+    cache = DeltaKVCache(model, **TIGHT)
+    model(prompt(2), past_key_values=cache)
+    broken_off(model, cache, prompt(2, 1), 0)
+    calls = [
+        cache.flush,
+        cache.to_dynamic_cache,
+        lambda: list(cache),
+        lambda: cache.dequantize(1),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: model(prompt(2, 1), past_key_values=cache),
+    ]
+    for call in calls:
+        with pytest.raises(CacheStateError, match="broken off"):
+            call()
+
+
 def test_tables_are_asked_for():
     cache, tokens = DeltaKVCache(tiny_model("llama")), make_tokens(10)
     cache._ledger.note_mask(None, outermost=True)

@@ -17,13 +17,12 @@ import torch
 
 from .. import dispatch
 from ..config import DeltaKVConfig
-from ..errors import CacheStateError, InvalidOptionError
+from ..errors import InvalidOptionError
 from ..hf_compat import upload
 from ..references import Lattice
 
 # tokens coded at once: bounds the float32 copies of a long prefill
 ENCODE_TILE = 2048
-MAX_REFERENCES = 2**16
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,6 @@ class DirectCompressor:
             read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
         """
         lattice, config = self.lattice, self.config
-        if lattice.count(stop) > MAX_REFERENCES:
-            raise CacheStateError(
-                f"a row must have at most {MAX_REFERENCES} references (their numbers are 16 bits), got "
-                f"{lattice.count(stop)} for {stop} compressed tokens: raise `reference_stride` or `reference_growth`."
-            )
         num_references, num_residuals = lattice.count(start), start - lattice.count(start)
         # a list as an index would make the host wait for the device
         picked = slice(None) if rows is None else upload(torch.tensor(rows), store.reference_codes.device)

@@ -20,7 +20,7 @@ VERSION = "1"
 
 def write_archive(path: str | os.PathLike, content: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Writes `content` (what JSON can hold) and `tensors` (any dtype and device) to `path`, whole or not at all."""
-    path = Path(path)
+    path = _path(path)
     if path.is_dir():
         raise InvalidOptionError(f"`path` must name a file, got the folder {str(path)!r}: add a file name.")
     tensors = _apart(tensors)
@@ -38,7 +38,7 @@ def read_archive(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]
         InvalidOptionError: no such file.
         CacheStateError: not a saved cache, of another format version, cut off or changed since it was written.
     """
-    path = Path(path)
+    path = _path(path)
     if not path.is_file():
         raise InvalidOptionError(f"`path` must be a file that `cache.save` wrote, got {str(path)!r}: no such file.")
     try:
@@ -57,6 +57,12 @@ def read_archive(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]
             "changed. Save the cache again."
         )
     return json.loads(metadata["content"]), tensors
+
+
+def _path(path: str | os.PathLike) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidOptionError(f"`path` must be the path of a file, got {path!r}.")
+    return Path(path)
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:
