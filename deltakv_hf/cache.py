@@ -184,8 +184,10 @@ class DeltaKVCache(CompressedCache):
         """Yields keys, values, sliding-window tensor or None of each layer, as `DynamicCache` does, decoded in turn."""
         self._check_whole()
         for layer in self.layers:
-            own = isinstance(layer, DeltaKVLayer)
-            pair = layer.dequantize() if own and layer.is_initialized else (layer.keys, layer.values)
+            if isinstance(layer, DeltaKVLayer) and layer.is_initialized:
+                pair = layer.dequantize()
+            else:
+                pair = getattr(layer, "keys", None), getattr(layer, "values", None)
             yield *pair, getattr(layer, "_sliding_window_tensor", None)
 
     def to_dynamic_cache(self) -> DynamicCache:

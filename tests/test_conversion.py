@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import transformers as tf
 from helpers import (
     LOSSLESS,
     TIGHT,
@@ -19,7 +20,7 @@ from helpers import (
     make_tokens,
     prompt,
 )
-from models import CONFIGS, new_model, tiny_model
+from models import CONFIGS, SMALL, build, new_model, tiny_model
 from transformers import DynamicCache
 
 from deltakv_hf import CacheStateError, DeltaKVCache, InvalidOptionError, NotPicklableError
@@ -156,6 +157,13 @@ def test_iterating_gives_what_the_host_gives(family):
     assert again.get_seq_length() == expected.get_seq_length() and torch.equal(
         again.layers[1].keys, expected.layers[1].keys
     )
+
+
+def test_iterating_over_a_layer_without_keys():
+    model = build(tf.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], conv_L_cache=3))
+    cache = prefilled(model, {"input_ids": prompt()}, DeltaKVCache(model, **TIGHT))
+    (keys, values, _), own = cache
+    assert keys is None and values is None and own[0].shape[2] == 48
 
 
 def test_a_layer_never_passes_its_tail_off_as_all_keys():
