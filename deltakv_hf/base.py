@@ -118,7 +118,7 @@ class CompressedCache(Cache):
             self._finish(broken)
         # the host's layers first: they may refuse
         host_layers.crop(self._host_layers(), self.get_seq_length(), keep)
-        if keep == ledger.columns and broken is None:
+        if keep >= ledger.columns and broken is None:
             return
         with ledger.changing("crop"):
             ledger.close()

@@ -62,7 +62,7 @@ class TokenLedger:
     closed_serial: int = 0
     torn: str | None = None
     _noted: list[torch.Tensor | None] = field(default_factory=list)
-    _noting: frozenset[int] = frozenset()
+    _noting: tuple[int, ...] = ()
     _noted_at: int | None = None
     _thread: int | None = None
     _before_step: dict | None = None
@@ -75,10 +75,11 @@ class TokenLedger:
             self.check_whole()
         # a module that comes again before any layer does begins anew: its first try has failed
         if outermost or not self._noted or id(module) in self._noting:
-            self._noted, self._noting = [attention_mask], frozenset()
+            self._noted, self._noting = [attention_mask], ()
             self._thread, self._noted_at = threading.get_ident(), self.columns
             self.serial += 1
-        self._noting |= {id(module)}
+        # a tuple: compilers trace this
+        self._noting += (id(module),)
 
     def arrive(self, columns: int, batch_size: int, query_length: int) -> Step:
         """A layer that holds `columns` columns comes with new tokens; the first one opens the forward for all.

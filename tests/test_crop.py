@@ -13,6 +13,7 @@ from helpers import (
     cuts,
     driven,
     feed,
+    full_cache,
     make_tokens,
     option_sets,
     prompt,
@@ -260,3 +261,17 @@ def test_a_crop_to_nothing_is_counted_and_windows_go_on_recording():
     cache.crop(-100)
     assert cache.get_seq_length() == 0 and cache.stats().cropped_columns == 48
     assert cache.layers[0].record_past
+
+
+def test_a_cache_without_layers_of_ours_is_cropped_as_the_host_does():
+    """Regression: the ledger, which nobody uses then, took the host's columns for its own."""
+    model = tiny_model("mistral-sliding")
+    cache, host = DeltaKVCache(model, **TIGHT), full_cache(model)
+    for held in (cache, host):
+        held.activate_past_recording()
+        model(prompt(), past_key_values=held)
+        held.crop(-3)
+        held.crop(0)
+    cache.flush()
+    step = prompt(1, 1)
+    assert torch.equal(model(step, past_key_values=cache).logits, model(step, past_key_values=host).logits)
