@@ -139,6 +139,11 @@ def test_a_compiled_wrapper(fresh_compiler):
 def test_compiled_to_machine_code(fresh_compiler):
     plain, model = one_layer(), compile_forward(one_layer(), "inductor")
     wanted = greedy(plain, SHORT, full_cache(plain), max_new_tokens=3)
+    try:
+        greedy(model, SHORT, full_cache(plain), max_new_tokens=3)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"the compiler cannot do the host's own cache: {str(error)[:80]}")
+    torch._dynamo.reset()
     assert torch.equal(greedy(model, SHORT, DeltaKVCache(model, **LOSSLESS), max_new_tokens=3), wanted)
 
 
