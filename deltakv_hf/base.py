@@ -45,7 +45,7 @@ class CompressedCache(Cache):
         if self._ledger.num_layers == 0:
             return
         outermost = self._model is not None and module is self._model()
-        if outermost:
+        if self._ledger.begins(outermost, module):
             self._check_whole()
         self._ledger.note_mask(attention_mask, outermost, module)
 

@@ -69,12 +69,14 @@ class TokenLedger:
     _settled: int = 0
     _arriving: HostCopy | None = None
 
+    def begins(self, outermost: bool, module: object) -> bool:
+        """Whether `module` begins a forward; if not, it stands inside the one that does."""
+        # a module that comes again before any layer does begins anew: its first try has failed
+        return outermost or not self._noted or id(module) in self._noting
+
     def note_mask(self, attention_mask: object, outermost: bool, module: object = None) -> None:
         """Takes the mask argument of the coming forward; modules inside the one that began it do not override it."""
-        if outermost:
-            self.check_whole()
-        # a module that comes again before any layer does begins anew: its first try has failed
-        if outermost or not self._noted or id(module) in self._noting:
+        if self.begins(outermost, module):
             self._noted, self._noting = [attention_mask], ()
             self._thread, self._noted_at = threading.get_ident(), self.columns
             self.serial += 1

@@ -386,8 +386,21 @@ def test_the_mask_of_a_forward_that_failed_is_forgotten(first):
     assert cache.memory_report().tokens == 32
 
 
+@pytest.mark.parametrize("cache_for", ["model", "config"])
+def test_the_text_decoder_called_by_itself_on_a_broken_cache(cache_for):
+    """Regression: only the whole model, and only a cache that knows it, looked whether every layer was as long."""
+    model = tiny_model("gemma3" if cache_for == "model" else "gemma2", "eager")
+    cache = DeltaKVCache(model if cache_for == "model" else model.config, **TIGHT)
+    DeltaKVCache(model)
+    model(prompt(), past_key_values=cache)
+    broken_off(model, cache, prompt(1, 1), 0)
+    for module in (model.model, model):
+        with pytest.raises(CacheStateError, match="broken off"):
+            module(prompt(1, 1), past_key_values=cache)
+
+
 @pytest.mark.parametrize("layer_types", [["conv", "full_attention"], ["full_attention", "conv"]], ids="-".join)
-def test_a_forward_that_broke_off_beside_a_convolution(layer_types):
+def test_a_forward_that_broke_off_beside_a_convolution(layer_types, tmp_path):
     """Regression: a convolution keeps no count, so nobody saw that it had read a token more or less."""
     model = build(tf.Lfm2Config(**SMALL, layer_types=layer_types, conv_L_cache=3))
     cache = DeltaKVCache(model, **TIGHT)
@@ -401,7 +414,8 @@ def test_a_forward_that_broke_off_beside_a_convolution(layer_types):
     with pytest.raises(KeyboardInterrupt):
         model(prompt(1, 1), past_key_values=cache)
     handle.remove()
-    for call in (lambda: model(prompt(1, 1), past_key_values=cache), cache.flush, cache.to_dynamic_cache):
+    forward, save = lambda: model(prompt(1, 1), past_key_values=cache), lambda: cache.save(tmp_path / "cache")
+    for call in (forward, cache.flush, cache.to_dynamic_cache, save):
         with pytest.raises(CacheStateError, match="broken off.*reset"):
             call()
     cache.reset()

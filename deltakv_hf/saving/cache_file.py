@@ -26,7 +26,7 @@ from .restoring import Saved, layer_devices, restore_host_layer, restore_ledger,
 def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) -> None:
     """See `DeltaKVCache.save`."""
     ledger = cache._ledger
-    ledger.check_whole()
+    cache._check_whole()
     ledger.settle()
     batch_size, columns = _extent(cache)
     own = bool(cache.own_layers)
