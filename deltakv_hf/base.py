@@ -142,19 +142,20 @@ class CompressedCache(Cache):
         self._forget(CacheStats())
 
     def _forget(self, stats: CacheStats) -> None:
-        with self._ledger.resetting():
-            # the host's own layers are made anew: before transformers 5.18 their `reset` keeps the old length
-            fresh = DynamicCache(config=self.model_config).layers
-            for layer_idx, layer in enumerate(self.layers):
-                if isinstance(layer, DeltaKVLayer):
-                    layer.reset()
-                    continue
-                if getattr(layer, "record_past", False):
-                    fresh[layer_idx].activate_past_recording()
-                self.layers[layer_idx] = fresh[layer_idx]
-            self._touched.clear()
-            self._registry.tables.clear()
-            self._ledger.reset(stats)
+        # until the end, when the ledger is made anew
+        self._ledger.torn = "reset"
+        # the host's own layers are made anew: before transformers 5.18 their `reset` keeps the old length
+        fresh = DynamicCache(config=self.model_config).layers
+        for layer_idx, layer in enumerate(self.layers):
+            if isinstance(layer, DeltaKVLayer):
+                layer.reset()
+                continue
+            if getattr(layer, "record_past", False):
+                fresh[layer_idx].activate_past_recording()
+            self.layers[layer_idx] = fresh[layer_idx]
+        self._touched.clear()
+        self._registry.tables.clear()
+        self._ledger.reset(stats)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes the old row `beam_idx[i]` (beam search)."""

@@ -14,9 +14,7 @@ __all__ = [
     "CacheLayerMixin",
     "DynamicCache",
     "DynamicLayer",
-    "DynamicSlidingWindowLayer",
     "HostCopy",
-    "LinearAttentionCacheLayerMixin",
     "check_versions",
     "execution_device",
     "host_version",
@@ -42,8 +40,6 @@ from transformers.cache_utils import (  # noqa: E402
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
 )
 
 

@@ -182,13 +182,6 @@ class TokenLedger:
                 )
 
     @contextmanager
-    def resetting(self) -> Iterator[None]:
-        """While everything is forgotten; if that is broken off, it must be done again."""
-        self.torn = "reset"
-        yield
-        self.torn = None
-
-    @contextmanager
     def changing(self, operation: str) -> Iterator[None]:
         """While layers are changed one by one; if that is broken off, only `reset` helps."""
         self.check_untorn()
@@ -349,8 +342,7 @@ class TokenLedger:
         return Flush(self.num_flushes + 1, stack(sources), members, stack(tails))
 
     def select_rows(self, rows: list[int] | None, batch_size: int) -> None:
-        """The batch becomes `rows` of the old one, in that order; None where all rows are alike."""
-        self.settle()
+        """The batch becomes `rows` of the settled old one, in that order; None where all rows are alike."""
         rows = [0] * batch_size if rows is None else rows
         for name in ("seen", "compressed", "tail_lengths"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])

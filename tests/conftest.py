@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+from kinds import FAMILIES, KINDS
+from models import tiny_model
 
 settings.register_profile(
     "default", max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -41,3 +43,15 @@ def no_gradients():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request):
+    """Each kind of cache."""
+    return request.param
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    """A model with full attention alone, and one with windows too."""
+    return tiny_model(request.param)

@@ -10,22 +10,12 @@ import copy
 import pytest
 import torch
 from helpers import full_cache, greedy, left_padded, prompt
-from kinds import FAMILIES, KINDS, after_prompt, full_inputs, next_logits
+from kinds import after_prompt, full_inputs, next_logits
 from models import new_model, tiny_model
 from transformers import Cache
 from transformers.generation.streamers import BaseStreamer
 
 NEW = 12
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    return tiny_model(request.param)
 
 
 # -- what comes out of generate ----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from helpers import (
     LOSSLESS,
     TIGHT,
@@ -16,24 +15,11 @@ from helpers import (
     prompt,
     teacher_forced,
 )
-from kinds import FAMILIES, KINDS, after_prompt
+from kinds import after_prompt
 from models import tiny_model
-from packaging.version import Version
 from transformers import Cache
 
 from deltakv_hf import DeltaKVCache, DeltaKVError
-
-HOST = Version(transformers.__version__)
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    return tiny_model(request.param)
 
 
 def test_a_copy_of_a_fresh_cache_is_fresh(kind, model):

@@ -30,7 +30,7 @@ def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) ->
     ledger.settle()
     batch_size, columns = _extent(cache)
     own = bool(cache.own_layers)
-    prompt = make_prompt(input_ids, attention_mask, batch_size, columns, ledger.row_columns, counted=own)
+    prompt = make_prompt(input_ids, attention_mask, batch_size, columns, ledger.padding(), counted=own)
     tensors: dict[str, torch.Tensor] = {}
     content = {
         "cache": type(cache).__name__,

@@ -44,7 +44,7 @@ def make_prompt(
     attention_mask: torch.Tensor | None,
     batch_size: int,
     columns: int,
-    row_columns: list[torch.Tensor] | None,
+    padding: torch.Tensor | None,
     counted: bool,
 ) -> SavedPrompt | None:
     """What to keep of the ids that a user handed to `save`; None if there were none.
@@ -52,7 +52,7 @@ def make_prompt(
     Args:
         input_ids, attention_mask: as handed over.
         batch_size, columns: of the cache.
-        row_columns: column of each real token by row, or None where no padding was seen.
+        padding: bool `[batch, columns]`, True where the cache has seen padding, or None where it has seen none.
         counted: whether the cache has seen the padding.
     """
     if input_ids is None:
@@ -60,9 +60,7 @@ def make_prompt(
             raise InvalidOptionError("`attention_mask` must come with `input_ids`, got it alone: pass both.")
         return None
     ids = _first_columns("input_ids", input_ids, batch_size, columns)
-    seen = torch.ones_like(ids)
-    if row_columns is not None:
-        seen = torch.stack([torch.zeros(columns, dtype=torch.int64).index_fill(0, row, 1) for row in row_columns])
+    seen = torch.ones_like(ids) if padding is None else (~padding).long()
     if attention_mask is None:
         return SavedPrompt(ids, seen)
     if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
