@@ -4,7 +4,14 @@ from .attach import detach
 from .cache import DeltaKVCache
 from .config import DeltaKVConfig
 from .default_cache import set_default_cache
-from .errors import CacheStateError, DeltaKVError, InvalidOptionError, NotPicklableError, UnsupportedModelError
+from .errors import (
+    CacheStateError,
+    CompressorError,
+    DeltaKVError,
+    InvalidOptionError,
+    NotPicklableError,
+    UnsupportedModelError,
+)
 from .memory import MemoryReport
 from .stats import CacheStats
 
@@ -13,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheStateError",
     "CacheStats",
+    "CompressorError",
     "DeltaKVCache",
     "DeltaKVConfig",
     "DeltaKVError",

@@ -19,3 +19,7 @@ class CacheStateError(DeltaKVError, RuntimeError):
 
 class NotPicklableError(DeltaKVError, TypeError):
     """A cache was about to be pickled."""
+
+
+class CompressorError(DeltaKVError, ValueError):
+    """A compressor folder cannot be found, read, written or used with this model."""
