@@ -154,7 +154,7 @@ def _config_bytes(config: dict) -> bytes:
         return f"{text}\n".encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidOptionError(
-            f"`config` must hold what JSON can hold (strings, finite numbers, true, false, null, lists, dicts): {error}."
+            f"`config` must hold what JSON can hold (texts, finite numbers, booleans, None, lists, dicts): {error}."
         ) from error
 
 
@@ -189,6 +189,6 @@ def _sha256(content: bytes) -> str:
 
 def _broken(path: Path, what: str) -> CompressorError:
     return CompressorError(
-        f"`path` must be a whole compressor folder, got {str(path)!r}: {what}. Download it again (`force_download=True`) "
-        "or make it again."
+        f"`path` must be a whole compressor folder, got {str(path)!r}: {what}. Download it again "
+        "(`force_download=True`) or make it again."
     )
