@@ -87,7 +87,7 @@ def test_every_difference_is_named_with_both_values():
         "like someone/llama",
         "got someone/wider",
         "hidden_size is 64, not 32",
-        "key_value_heads is 1, not 2",
+        "value_heads is 1, not 2",
     ):
         assert words in text
     assert "rope is [{'rope_theta': 500000.0" in text and "head_dim" not in text

@@ -140,7 +140,7 @@ def _check_place(path: Path) -> None:
 
 def _extra_files(extra: Mapping[str, bytes]) -> dict[str, bytes]:
     for name in extra:
-        if Path(name).name != name or name in (CONFIG, TENSORS) or name.startswith("."):
+        if Path(name).name != name or name in ("", CONFIG, TENSORS) or name.startswith("."):
             raise InvalidOptionError(
                 f"`extra` must map names of further files to bytes, got {name!r}: no paths, no hidden files, not "
                 f"{CONFIG} or {TENSORS}."
