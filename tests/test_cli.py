@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import scan_cache_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from deltakv_hf import DeltaKVError
 from deltakv_hf.cli.facts import FACTS, TEXT, plant
 from deltakv_hf.cli.main import app
+from deltakv_hf.compressor.folder import write_folder
 from deltakv_hf.config import DeltaKVConfig
 from deltakv_hf.evaluation import model as loaders
 
@@ -89,6 +91,40 @@ def test_inspect_shows_each_layer(folder):
     result = run("inspect", folder)
     assert result.exit_code == 0
     assert "0-1" in result.output and "2 of 2 layers compressed" in result.output
+
+
+def test_list_shows_what_is_on_this_machine(tmp_path, monkeypatch):
+    commit = "c" * 40
+    monkeypatch.setattr("deltakv_hf.hub.BUNDLED", tmp_path / "checkpoints")
+    monkeypatch.setattr("deltakv_hf.hub.scan_cache_dir", lambda _: scan_cache_dir(tmp_path / "cache"))
+    result = run("list")
+    assert result.exit_code == 0 and "no compressor here" in result.output
+    assert json.loads(run("list", "--json").stdout) == []
+
+    config = {"model": {"id": "someone/[small]"}, "ratio": 0.25}
+    write_folder(tmp_path / "checkpoints" / "small-4x", config, {"a": torch.zeros(9)})
+    snapshot = tmp_path / "cache" / "models--someone--compressor" / "snapshots" / commit
+    write_folder(snapshot, {}, {})
+    (tmp_path / "cache" / "models--someone--model" / "snapshots" / commit).mkdir(parents=True)
+    bundled, cached = json.loads(run("list", "--json").stdout)
+    assert (bundled["name"], bundled["where"]) == ("small-4x", "bundled")
+    assert (bundled["base_model"], bundled["ratio"]) == ("someone/[small]", 0.25)
+    assert bundled["bytes"] == (tmp_path / "checkpoints" / "small-4x" / "compressor.safetensors").stat().st_size
+    assert (cached["name"], cached["where"], cached["revision"]) == ("someone/compressor", "Hub cache", commit)
+    assert cached["base_model"] is cached["ratio"] is cached["problem"] is None
+
+    (snapshot / "config.json").write_text('{"format": "deltakv-compressor", "version": 9}')
+    output = run("list").output
+    for words in (
+        "small-4x",
+        "someone/[small]",
+        "25.0%",
+        "someone/compressor",
+        "Hub cache, cccccccc",
+        "cannot be used",
+    ):
+        assert words in output
+    assert "version 9" in json.loads(run("list", "--json").stdout)[1]["problem"]
 
 
 def test_demo_reads_your_text_with_your_model(folder, text, tmp_path):

@@ -90,3 +90,14 @@ def inspect(
 
         options = {"nbits": nbits, "reference_nbits": reference_nbits, "reference_stride": reference_stride}
         run_inspect(model, options, device, dtype, as_json)
+
+
+@app.command("list")
+def list_compressors(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Shows the compressors on this machine: those that come with the package and those that were downloaded."""
+    with readable_errors():
+        from .list import run_list
+
+        run_list(as_json)

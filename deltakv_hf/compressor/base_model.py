@@ -67,7 +67,8 @@ def check_model(saved: dict, model: nn.Module | PretrainedConfig) -> None:
         names = [f"{one.get('id')} ({one.get('revision') or 'revision unknown'})" for one in (saved, running)]
         warnings.warn(
             f"the compressor was made for {names[0]}, and the model is {names[1]}. A fine-tune of the same base "
-            "usually works; measure it. To silence this: warnings.filterwarnings('ignore', message='the compressor was made').",
+            "usually works; measure it. To silence this: "
+            "warnings.filterwarnings('ignore', message='the compressor was made').",
             stacklevel=2,
         )
 
