@@ -1,7 +1,8 @@
 """A hub on this machine, for tests: the part of the Hub's HTTP interface that up- and downloads of small files use.
 
 Repositories are in memory and every commit is kept. `hub.fault` breaks what comes next:
-401, 403, 404 or 500 (that status for everything), "hang" (no answer), "truncate" (half of each file), "gated".
+401, 403, 404 or 500 (that status for everything), "hang" (no answer), "truncate" (half of each file), "gated". With
+`hub.token` it answers as to a private repository whoever does not show that token.
 """
 
 import base64
@@ -20,7 +21,8 @@ class LoopbackHub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.commits, self.fault, self.requests, self.closing = {}, None, [], threading.Event()
+        self.commits, self.fault, self.token, self.requests = {}, None, None, []
+        self.closing = threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -71,6 +73,8 @@ class Answers(BaseHTTPRequestHandler):
             self.refuse(403, "GatedRepo")
         elif isinstance(hub.fault, int):
             self.refuse(hub.fault)
+        elif hub.token not in (None, self.headers.get("Authorization", "").removeprefix("Bearer ")):
+            self.refuse(401, "RepoNotFound")
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo_id = f"{asked['organization']}/{asked['name']}"

@@ -67,8 +67,7 @@ def worker(server, tmp_path_factory):
 @pytest.fixture
 def hub(server):
     """The hub, empty and whole."""
-    server.commits, server.fault = {}, None
-    server.requests.clear()
+    server.commits, server.fault, server.token, server.requests = {}, None, None, []
     return server
 
 
@@ -159,6 +158,33 @@ def assert_says(error, *words):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+def test_a_private_repository_takes_a_token(hub, worker, folder, tmp_path):
+    cache, hub.token = {"cache_dir": tmp_path / "cache"}, "hf_right"
+    for token in (None, False, "hf_wrong"):
+        with pytest.raises(Refused, match="`repo_id`.*hf auth login"):
+            worker.push_folder(folder, REPO, token=token)
+    worker.push_folder(folder, REPO, token="hf_right", private=True)
+    with pytest.raises(Refused) as error:
+        worker.resolve_folder(REPO, **cache)
+    assert_says(error, "no such repository, or it is private", "hf auth login")
+    assert read_folder(worker.resolve_folder(REPO, token="hf_right", **cache))[0]["kind"] == "test"
+
+
+def test_both_files_are_of_one_commit_whatever_is_pushed_meanwhile(hub, worker, folder, tmp_path):
+    class Requests(list):
+        def append(self, request):
+            if len(hub.commits[REPO]) == 2 and request[1].endswith(".safetensors"):
+                hub.commit(REPO, newer)
+            super().append(request)
+
+    worker.push_folder(folder, REPO)
+    write_folder(folder, {"kind": "newer"}, {"a": torch.arange(6.0)})
+    newer, hub.requests = files_of(folder), Requests()
+    config, tensors = read_folder(worker.resolve_folder(REPO, cache_dir=tmp_path / "cache"))
+    assert len(hub.commits[REPO]) == 3
+    assert config["kind"] == "test" and len(tensors["a"]) == 5
 
 
 def test_an_interrupted_download_is_not_taken_for_a_compressor(hub, worker, folder, tmp_path):

@@ -53,7 +53,7 @@ def run_list(as_json: bool) -> None:
     elif entries:
         console.print(entry_table(entries))
     else:
-        console.print(NOTHING, markup=False)
+        console.print(NOTHING, markup=False, soft_wrap=True)
 
 
 def find_entries() -> list[Entry]:
