@@ -61,7 +61,9 @@ def tasks(
         typer.Argument(help="passkey, niah4, variable_tracking, cloze, copy, few_shot. Default: all."),
     ] = None,
     model: Model = "demo",
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of a context; may be repeated. [1024]")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a context; may be repeated. Default: 1024.")
+    ] = None,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts of each task and length.")] = 10,
     text: Annotated[Path | None, typer.Option(help="The haystack. Default: the bundled text.")] = None,
     classes: Annotated[
