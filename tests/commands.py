@@ -8,7 +8,7 @@ from deltakv_hf.cli.main import app
 def run(*arguments):
     """The result of a command."""
     # a live table is fitted to the width of the terminal
-    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_refused(result, *words):

@@ -1,6 +1,7 @@
 """`deltakv eval`: what its commands print, write and refuse, on a tiny model."""
 
 import json
+import re
 
 import pytest
 from commands import assert_refused, run
@@ -57,6 +58,7 @@ def test_tasks_are_scored_beside_the_full_cache(folder, tmp_path):
     result = run("eval", "tasks", "niah4", "few_shot", "--model", folder, *TASKS, *options)
     assert result.exit_code == 0, result.output
     assert "niah4: " in result.output and "few_shot: " in result.output and "full cache" in result.output
+    assert "…" not in result.output and re.search(r"[+-]\.\d\d to [+-]\.\d\d", result.output)
     rows = json.loads(out.read_text())["results"]
     names = ["full cache", ", ".join(f"{option}={value}" for option, value in TIGHT.items())]
     assert [(row["task"], row["length"], row["cache"]) for row in rows] == [

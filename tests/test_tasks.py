@@ -105,10 +105,12 @@ def test_items_stay_what_they_are():
     assert hashlib.sha256(json.dumps([made, ids]).encode()).hexdigest() == ITEMS
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", [*HIDDEN, "copy"])
 def test_a_context_too_short_is_refused(name):
     with pytest.raises(InvalidOptionError, match=r"`num_tokens` must leave 96 tokens .* ask for \d+ more"):
-        context(name, 150, 0)
+        context(name, 90, 0)
+    with pytest.raises(InvalidOptionError, match="`num_tokens` must leave room for an example of each of 4 classes"):
+        context("few_shot", 150, 0)
 
 
 def test_a_text_is_read_from_another_place_when_all_of_it_has_been_read():

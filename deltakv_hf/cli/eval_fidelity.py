@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.fidelity import Fidelity, measure_fidelity
@@ -39,12 +41,13 @@ def run_fidelity(
 
 def fidelity_table(title: str, results: dict[str, Fidelity]) -> Table:
     """One line for each cache."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("cache")
-    for header in ("KL, nats", "same top token", "change of NLL", "share of bytes", "of compressed tokens"):
-        table.add_column(header, justify="right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    # nothing is cut off where a terminal is narrow
+    table.add_column("cache", overflow="fold")
+    for header in ("KL, nats", "same top\ntoken", "change\nof NLL", "bytes", "of compressed\ntokens alone"):
+        table.add_column(header, justify="right", overflow="fold")
     for name, fidelity in results.items():
         kl = f"{fidelity.mean('kl'):.5f} ± {fidelity.standard_error('kl'):.5f}"
         shares = [f"{fidelity.mean(share):.1%}" for share in ("stored_share", "compressed_share")]
-        table.add_row(name, kl, f"{fidelity.mean('top1'):.2%}", f"{fidelity.nll_change:+.3%}", *shares)
+        table.add_row(escape(name), kl, f"{fidelity.mean('top1'):.2%}", f"{fidelity.nll_change:+.3%}", *shares)
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.haystack import read_sources
@@ -13,7 +15,11 @@ from ..evaluation.tasks import Task, pick_tasks
 from .console import console
 from .eval_setup import EvalSettings, prepare, progress, write_result
 
-NOTE = "in brackets: 95 % intervals; *: beyond noise, the interval of the paired change does not hold 0"
+NOTE = (
+    "EM: share of items whose answer is right in every token; tokens: share of right answer tokens. Below them: 95 % "
+    "intervals (* where that of the paired change leaves out 0: beyond noise), the change of NLL with its standard "
+    "error over contexts, the share of bytes of compressed tokens alone."
+)
 
 
 def run_eval_tasks(
@@ -50,22 +56,33 @@ def run_eval_tasks(
 
 
 def task_table(task: Task, results: list[TaskScores]) -> Table:
-    """One line for each length and cache."""
-    title = f"{task.name}: {task.asks}, {len(results[0].items)} items a line"
-    table = Table(title=title, title_justify="left")
-    for header in ("tokens", "cache"):
-        table.add_column(header)
-    for header in ("all right (EM)", "change", "right tokens", "NLL", "change", "bytes", "compressed"):
-        table.add_column(header, justify="right")
+    """Two lines for each length and cache: a figure, and below it how sure it is or what it is for comparison."""
+    title = f"{task.name}: {task.asks}, {len(results[0].items)} items"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_edge=False, pad_edge=False)
+    # nothing is cut off where a terminal is narrow
+    table.add_column("length", justify="right", overflow="fold")
+    table.add_column("cache", overflow="fold")
+    for header in ("EM", "change", "tokens", "NLL\nchange", "bytes"):
+        table.add_column(header, justify="right", overflow="fold")
     for scores in results:
-        summary = scores.summary()
-        low, high = summary["em_interval"]
-        cells = [f"{summary['em']:.2f} [{low:.2f}, {high:.2f}]", "", f"{summary['token_accuracy']:.3f}"]
-        cells += [f"{summary['nll']:.3f}", "", f"{summary['stored_share']:.1%}", ""]
-        if scores.cache != FULL:
-            low, high = summary["em_change_interval"]
-            cells[1] = f"{summary['em_change']:+.3f} [{low:+.2f}, {high:+.2f}]{' ' if low <= 0 <= high else '*'}"
-            cells[4] = f"{summary['nll_change']:+.3f} ± {summary['nll_change_se']:.3f}"
-            cells[6] = f"{summary['compressed_share']:.1%}"
-        table.add_row(f"{scores.num_tokens:,}", scores.cache, *cells)
+        cells = _cells(scores.summary(), scores.cache == FULL)
+        table.add_row(f"{scores.num_tokens:,}", *map(escape, [scores.cache, *cells]))
     return table
+
+
+def _cells(summary: dict, full: bool) -> list[str]:
+    low, high = summary["em_interval"]
+    em = f"{_short(summary['em'], '.2f')}\n{_short(low, '.2f')}–{_short(high, '.2f')}"
+    tokens, nll = _short(summary["token_accuracy"], ".3f"), _short(summary["nll"], ".3f")
+    if full:
+        return [em, "", tokens, nll, f"{summary['stored_share']:.1%}"]
+    low, high = summary["em_change_interval"]
+    star = "" if low <= 0 <= high else "*"
+    change = f"{_short(summary['em_change'], '+.3f')}\n{_short(low, '+.2f')} to {_short(high, '+.2f')}{star}"
+    nll += f"\n{_short(summary['nll_change'], '+.3f')} ± {_short(summary['nll_change_se'], '.3f')}"
+    return [em, change, tokens, nll, f"{summary['stored_share']:.1%}\n{summary['compressed_share']:.1%}"]
+
+
+def _short(value: float, form: str) -> str:
+    """The number without a zero before its point."""
+    return format(value, form).replace("0.", ".", 1) if abs(value) < 1 else format(value, form)

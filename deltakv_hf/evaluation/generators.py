@@ -125,11 +125,19 @@ def few_shot(tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Ra
         asked[_new(rng, make, asked)] = label
     items = [make_item(tokenizer, f"Text: {text}\nLabel:", f" {label}") for text, label in asked.items()]
     ids = first_ids(tokenizer) + encode(tokenizer, "Classify each text.\n\n")
+    shown = 0
     for make, label in _in_turns(rng, classes):
         example = encode(tokenizer, f"Text: {_new(rng, make, asked)}\nLabel: {label}\n\n")
         if len(ids) + len(example) > num_tokens:
-            return TaskContext(ids, items)
+            break
         ids += example
+        shown += 1
+    if shown < len(classes):
+        raise InvalidOptionError(
+            f"`num_tokens` must leave room for an example of each of {len(classes)} classes, got {num_tokens}, which "
+            f"holds {shown}: ask for more."
+        )
+    return TaskContext(ids, items)
 
 
 def _items(tokenizer, questions: list[str], answers: list[str], places: list[tuple[int, int]]) -> list[Item]:
