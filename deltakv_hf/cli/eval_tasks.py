@@ -43,7 +43,7 @@ def run_eval_tasks(
         lengths,
         range(num_contexts),
         makers,
-        progress(f"{len(tasks) * len(lengths) * num_contexts} contexts"),
+        progress(f"contexts: {len(tasks) * len(lengths) * num_contexts}"),
         sources=sources,
         prefill_chunk=prefill_chunk,
     )
