@@ -20,6 +20,8 @@ PARTS = (
     "bookkeeping",
     "host layers",
 )
+# what compressed tokens take
+COMPRESSED_PARTS = "references", "residual codes", "residual levels", "reference ids"
 
 
 def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -42,6 +44,7 @@ class MemoryReport:
         columns: columns seen, per row.
         tokens: real tokens of all rows.
         compressed_tokens: of these, packed in every layer of ours.
+        compressed_dense_bytes: bytes that `DynamicCache` would hold for these in our layers.
     """
 
     parts: dict[str, int]
@@ -49,6 +52,7 @@ class MemoryReport:
     columns: int
     tokens: int
     compressed_tokens: int
+    compressed_dense_bytes: int
 
     @property
     def stored_bytes(self) -> int:
@@ -59,6 +63,12 @@ class MemoryReport:
     def ratio(self) -> float:
         """Stored bytes over dense bytes (0 for an empty cache)."""
         return self.stored_bytes / self.dense_bytes if self.dense_bytes else 0.0
+
+    @property
+    def compressed_share(self) -> float:
+        """Bytes of the compressed tokens alone (codes, levels, references, ids) over dense ones; 0 without any."""
+        held = sum(self.parts[name] for name in COMPRESSED_PARTS)
+        return held / self.compressed_dense_bytes if self.compressed_dense_bytes else 0.0
 
     def __str__(self) -> str:
         rows = [(name, size) for name, size in self.parts.items() if size]
@@ -75,7 +85,7 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
     """Counts a cache's layers, the RoPE tables of `registry`, the index tensors of `ledger` and `extra` tensors."""
     ledger.settle()
     parts = dict.fromkeys(PARTS, 0)
-    dense, compressed = 0, 0
+    dense, compressed, compressed_dense = 0, 0, 0
     for layer in layers:
         if not hasattr(layer, "state"):
             size = held_bytes(host_layers.tensors(layer))
@@ -91,10 +101,12 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
             parts["residual levels"] += held_bytes([store.residual_levels])
             parts["reference ids"] += held_bytes([store.reference_idx])
             for raw in (state.tail_keys, state.tail_values):
-                dense += ledger.batch_size * raw.shape[1] * layer.columns * raw.shape[3] * raw.element_size()
+                token_bytes = raw.shape[1] * raw.shape[3] * raw.element_size()
+                dense += ledger.batch_size * layer.columns * token_bytes
+                compressed_dense += sum(ledger.compressed) * token_bytes
             compressed = sum(ledger.compressed)
     parts["RoPE tables"] = held_bytes(
         table for tables in registry.tables for table in (tables.cos, tables.sin) if table is not None
     )
     parts["bookkeeping"] = held_bytes(ledger.tensors() + extra)
-    return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed)
+    return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed, compressed_dense)

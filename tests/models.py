@@ -1,11 +1,12 @@
-"""Tiny random models of many families, built offline: a name gives a model in float32."""
+"""Tiny random models of many families, built offline: a name gives a model in float32. And a tokenizer for them."""
 
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import transformers as tf
-from transformers import PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 64
 # a large spread of weights, so that logits differ enough for a wrong key to change a token
@@ -97,3 +98,26 @@ def new_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrained
 def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     """A model shared by all tests of the process: leave it as it is."""
     return new_model(family, attention, seed)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def byte_llama(max_positions: int = 4096) -> PreTrainedModel:
+    """A tiny random llama that reads bytes."""
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+    return build(
+        tf.LlamaConfig(
+            vocab_size=256,
+            **{name: SMALL[name] for name in names},
+            max_position_embeddings=max_positions,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )

@@ -6,50 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import assert_refused, run
 from huggingface_hub import scan_cache_dir
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
+from models import byte_llama, byte_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 from deltakv_hf import DeltaKVError
-from deltakv_hf.cli.facts import FACTS, TEXT, plant
-from deltakv_hf.cli.main import app
+from deltakv_hf.cli.facts import FACTS, plant
 from deltakv_hf.compressor.folder import write_folder
 from deltakv_hf.config import DeltaKVConfig
 from deltakv_hf.evaluation import model as loaders
+from deltakv_hf.evaluation.texts import BUNDLED_TEXT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MAX_POSITIONS = 512
 TEXT_BYTES = 300
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A tiny random llama with a tokenizer, saved."""
     path = tmp_path_factory.mktemp("llama")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_POSITIONS,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        LlamaForCausalLM(config).save_pretrained(path)
+    byte_llama(MAX_POSITIONS).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return str(path)
 
@@ -57,21 +35,8 @@ def folder(tmp_path_factory) -> str:
 @pytest.fixture
 def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text(TEXT.read_text(encoding="utf-8")[:TEXT_BYTES], encoding="utf-8")
+    path.write_text(BUNDLED_TEXT.read_text(encoding="utf-8")[:TEXT_BYTES], encoding="utf-8")
     return path
-
-
-def run(*arguments):
-    # a live table is fitted to the width of the terminal
-    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result, *words):
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in result.stderr
 
 
 def test_help_names_the_commands():

@@ -1,16 +1,11 @@
 """The measurement of fidelity: what is fed in which calls, and what it is compared with."""
 
-import json
-import sys
-from types import SimpleNamespace
-
 import pytest
 from helpers import LOSSLESS, TIGHT, full_cache, prompt
 from models import tiny_model
 from transformers import DynamicCache
 
 from deltakv_hf import DeltaKVCache, InvalidOptionError
-from deltakv_hf.evaluation import __main__ as command
 from deltakv_hf.evaluation import fidelity, measure_fidelity
 
 WINDOWS = [prompt(1, 60, seed=seed)[0] for seed in range(2)]
@@ -68,23 +63,3 @@ def test_later_chunks_attend_over_what_is_stored():
 def test_a_negative_chunk_is_refused():
     with pytest.raises(InvalidOptionError, match="prefill_chunk.*-5"):
         measured(lambda: full_cache(tiny_model("llama")), prefill_chunk=-5)
-
-
-@pytest.mark.parametrize("chunk", [0, 16])
-def test_the_command_says_how_it_measured(monkeypatch, tmp_path, capsys, chunk):
-    model, text, out = tiny_model("llama"), tmp_path / "text.txt", tmp_path / "out.json"
-    text.write_text("words of a text")
-
-    def tokenizer(document, add_special_tokens):
-        return SimpleNamespace(input_ids=prompt(1, 200)[0].tolist())
-
-    monkeypatch.setattr(command, "load_model", lambda name, **options: (model, tokenizer))
-    given = (
-        f"it {text} --model tiny --windows 1 --context 40 --predict 20 --prefill-chunk {chunk} --device cpu --out {out}"
-    )
-    monkeypatch.setattr(sys, "argv", [*given.split(), "--options", json.dumps(TIGHT)])
-    command.main()
-    result = json.loads(out.read_text())
-    assert (result["context"], result["prefill_chunk"]) == (40, chunk)
-    assert result["results"][0]["options"] == TIGHT and result["results"][0]["kl"] > 0
-    assert "1 windows" in capsys.readouterr().out

@@ -278,3 +278,21 @@ def test_an_old_view_does_not_stay_in_the_cache():
     before = sum(held_storages(cache).values())
     del views, keys, values
     assert sum(held_storages(cache).values()) == before
+
+
+@pytest.mark.parametrize("lengths", [[60], [60, 41]])
+def test_the_share_of_compressed_tokens_is_that_of_their_bytes(lengths):
+    model = tiny_model("llama")
+    cache = DeltaKVCache(model, **TIGHT)
+    assert cache.memory_report().compressed_share == 0
+    model(**left_padded(lengths), past_key_values=cache)
+    report = cache.memory_report()
+    # keys and values of 2 layers, 2 heads of 8, float32
+    assert report.compressed_dense_bytes == report.compressed_tokens * 2 * 2 * 2 * 8 * 4 > 0
+    held = sum(report.parts[part] for part in ("references", "residual codes", "residual levels", "reference ids"))
+    assert report.compressed_share == held / report.compressed_dense_bytes
+    if len(lengths) == 1:
+        # a whole number of strides: what a token takes on average
+        assert report.compressed_tokens % TIGHT["reference_stride"] == 0
+        layer = cache.layers[0]
+        assert report.compressed_share == pytest.approx(layer.compressor.bytes_per_token() / (2 * 2 * 8 * 4))

@@ -20,6 +20,7 @@ from ..evaluation.model import DEMO_MODEL, load_demo_model, load_model
 from ..hf_compat import DynamicCache
 from . import figures as fig
 from .answers import Answer, logits_after, prefill, stream_both
+from .arguments import check_output
 from .chart import POINTS, dense_bytes, draw, measure_growth
 from .console import EXIT_DISAGREE, console, progress_bar
 from .task import Task, own_task, planted_task
@@ -103,9 +104,8 @@ def _check(settings: DemoSettings) -> None:
         raise InvalidOptionError(
             f"`{given}` must come with `--prompt-file`: the planted facts are for the model that comes with the demo."
         )
-    for name, path in (("--out", settings.out), ("--json", settings.json_file)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InvalidOptionError(f"`{name}` must name a file in a folder that exists, got {str(path)!r}.")
+    check_output("--out", settings.out)
+    check_output("--json", settings.json_file)
 
 
 def _load(bar, name: str, settings: DemoSettings):

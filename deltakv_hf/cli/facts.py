@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..config import DeltaKVConfig
 from ..errors import InvalidOptionError
+from ..evaluation.texts import BUNDLED_TEXT
 
-TEXT = Path(__file__).resolve().parents[1] / "data" / "persuasion.txt"
 INTRODUCTION = "There is important information hidden inside the following text. Memorize it."
 # the planted prompt ends near here
 PROMPT_TOKENS = 4224
@@ -106,7 +105,7 @@ def _last_place(starts: list[tuple[int, str]], length: int, options: DeltaKVConf
 
 def _sentences() -> list[tuple[str, str]]:
     """The text as sentences, each with what stands before it."""
-    paragraphs = [" ".join(paragraph.split()) for paragraph in TEXT.read_text(encoding="utf-8").split("\n\n")]
+    paragraphs = [" ".join(paragraph.split()) for paragraph in BUNDLED_TEXT.read_text(encoding="utf-8").split("\n\n")]
     sentences = [re.split(r"(?<=[.!?]) ", paragraph) for paragraph in paragraphs if paragraph]
     return [("\n\n" if i == 0 else " ", sentence) for group in sentences for i, sentence in enumerate(group)]
 

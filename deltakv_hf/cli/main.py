@@ -10,7 +10,9 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'deltakv-hf[demo]'") from error
 
+from .arguments import Device, Dtype, Threads
 from .console import readable_errors
+from .eval import eval_app
 
 app = typer.Typer(
     help="DeltaKVCache: a small, fast and faithful KV cache for Hugging Face transformers.",
@@ -19,14 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: what suits the device.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 Nbits = Annotated[int, typer.Option(help="Bits per stored residual number: 2, 4 or 8.")]
 ReferenceNbits = Annotated[int, typer.Option(help="Bits per stored number of a reference: 2, 4 or 8.")]
 ReferenceStride = Annotated[int, typer.Option(help="One token in so many is a reference.")]
 RecentWindow = Annotated[int, typer.Option(help="Newest tokens that stay as they are.")]
 SinkTokens = Annotated[int, typer.Option(help="First tokens that stay as they are.")]
+
+app.add_typer(eval_app, name="eval")
 
 
 @app.callback()

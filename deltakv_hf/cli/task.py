@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config import DeltaKVConfig
 from ..errors import InvalidOptionError
+from ..evaluation.texts import read_text
 from .facts import FACTS, plant
 
 
@@ -64,7 +65,7 @@ def planted_task(tokenizer, options: DeltaKVConfig) -> Task:
 
 def own_task(model, tokenizer, prompt_file: Path, questions: list[str], max_new_tokens: int, options) -> Task:
     """The user's text; without questions the answer is how it goes on."""
-    ids = tokenizer(_read(prompt_file)).input_ids
+    ids = tokenizer(read_text(prompt_file, "--prompt-file")).input_ids
     if questions:
         asks = [Ask(q, tokenizer(f"\n\n{q}\n", add_special_tokens=False).input_ids) for q in questions]
     else:
@@ -87,16 +88,3 @@ def own_task(model, tokenizer, prompt_file: Path, questions: list[str], max_new_
     ends = model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id
     ends = {ends} if ends is None or isinstance(ends, int) else set(ends)
     return Task(ids, asks, max_new_tokens, ends.__contains__)
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
-        raise InvalidOptionError(
-            f"`--prompt-file` must be a text file in UTF-8 that can be read, got {str(path)!r}: {reason}."
-        ) from error
-    if not text.strip():
-        raise InvalidOptionError(f"`--prompt-file` must hold text, got the empty file {str(path)!r}.")
-    return text

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InvalidOptionError
+from .prefill import Shares, check_cache, check_chunk, prefill
 
 LOGIT_TILE = 128
 
@@ -28,6 +29,7 @@ class WindowFidelity:
         top1: share of predicted tokens whose most likely token is the full cache's.
         nll, full_nll: mean negative log likelihood of the true tokens with the cache and with the full cache, nats.
         stored_share: bytes held by the cache over those of the full cache, whole cache, after the context.
+        compressed_share: the same of the compressed tokens alone (0 without any).
     """
 
     kl: float
@@ -35,6 +37,7 @@ class WindowFidelity:
     nll: float
     full_nll: float
     stored_share: float
+    compressed_share: float
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,15 @@ class Fidelity:
 @torch.no_grad()
 def predict_after(
     model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache, prefill_chunk: int = 0
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, Shares]:
     """Reads `ids` `[n]` in the calls of the protocol; the context in calls of `prefill_chunk` tokens, or in one (0).
 
     Returns:
-        logits `[n - context, vocabulary]` of the last call, and the share of dense bytes held before it (1 for caches
-        that give no `memory_report`).
+        logits `[n - context, vocabulary]` of the last call, and the shares of dense bytes held before it.
     """
-    ids = ids.to(model.device).unsqueeze(0)
-    for part in ids[:, :context].split(prefill_chunk or context, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    share = cache.memory_report().ratio if hasattr(cache, "memory_report") else 1.0
-    return model(input_ids=ids[:, context:], past_key_values=cache, use_cache=True).logits[0], share
+    shares = prefill(model, ids[:context], cache, prefill_chunk)
+    rest = ids[context:].to(model.device).unsqueeze(0)
+    return model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0], shares
 
 
 def compare(
@@ -130,8 +130,7 @@ def measure_fidelity(
     Returns:
         a `Fidelity` by name.
     """
-    if prefill_chunk < 0:
-        raise InvalidOptionError(f"`prefill_chunk` must be 0 (one call) or positive, got {prefill_chunk}.")
+    check_chunk(prefill_chunk)
     results = {name: [] for name in make_caches}
     for ids in progress(list(windows)):
         if ids.ndim != 1 or len(ids) < context + 2:
@@ -140,10 +139,7 @@ def measure_fidelity(
         full_logits, _ = predict_after(model, ids, context, DynamicCache(config=model.config))
         for name, make_cache in make_caches.items():
             cache = make_cache()
-            if not isinstance(cache, Cache):
-                raise InvalidOptionError(
-                    f"`make_caches[{name!r}]` must make a transformers Cache, got a {type(cache).__name__}."
-                )
-            logits, share = predict_after(model, ids, context, cache, prefill_chunk)
-            results[name].append(WindowFidelity(*compare(logits[:-1], full_logits[:-1], targets), share))
+            check_cache(name, cache)
+            logits, shares = predict_after(model, ids, context, cache, prefill_chunk)
+            results[name].append(WindowFidelity(*compare(logits[:-1], full_logits[:-1], targets), *shares))
     return {name: Fidelity(windows) for name, windows in results.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InvalidOptionError
+from .texts import read_documents
 
 
 def text_windows(tokenizer, path: Path, num_tokens: int, count: int) -> list[torch.Tensor]:
@@ -21,8 +22,11 @@ def text_windows(tokenizer, path: Path, num_tokens: int, count: int) -> list[tor
 
     Returns:
         ids `[num_tokens]` int64 each.
+
+    Raises:
+        InvalidOptionError: the file cannot be read, or no document in it is long enough.
     """
-    documents = path.read_text(encoding="utf-8").split("\n\f\n")
+    documents = read_documents(path)
     windows = []
     for number in range(count):
         place = random.Random(f"{path.stem}/{number}")
@@ -34,5 +38,7 @@ def text_windows(tokenizer, path: Path, num_tokens: int, count: int) -> list[tor
                 windows.append(torch.tensor(ids[start : start + num_tokens]))
                 break
         else:
-            raise InvalidOptionError(f"`{path.name}` must hold a document of {num_tokens} tokens or more, it has none.")
+            raise InvalidOptionError(
+                f"`text` must hold a document of {num_tokens} tokens or more, {path.name!r} has none."
+            )
     return windows

@@ -1,0 +1,86 @@
+"""`deltakv eval`: the commands that measure caches against the full cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import Device, Dtype, Threads
+from .console import readable_errors
+
+eval_app = typer.Typer(help="Measures caches against the full cache.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(help='A cache with these options, as JSON: {"nbits": 8}; may be repeated. {} has the defaults.'),
+]
+Compressor = Annotated[
+    list[str] | None,
+    typer.Option(help="A cache with this learned compressor: id on the Hub, folder or bundled name; may be repeated."),
+]
+Chunk = Annotated[int, typer.Option(min=0, metavar="N", help="Feed the context N tokens at a time; 0 is at once.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured here.")]
+
+
+@eval_app.command()
+def fidelity(
+    text: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Text files, documents separated by form feeds. Default: the bundled text."),
+    ] = None,
+    model: Model = "demo",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each file.")] = 2,
+    context: Annotated[int, typer.Option(min=1, help="Tokens stored before predicting.")] = 3072,
+    predict: Annotated[int, typer.Option(min=2, help="Tokens predicted after them.")] = 1024,
+    prefill_chunk: Chunk = 0,
+    options: Options = None,
+    compressor: Compressor = None,
+    device: Device = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; in 16 bits the full cache differs from itself too.")
+    ] = "float32",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """What a cache changes in the predictions on plain text: KL, same top token, loss; and its share of the bytes."""
+    with readable_errors():
+        from .eval_fidelity import run_fidelity
+        from .eval_setup import EvalSettings
+
+        settings = EvalSettings(model, options or [], compressor or [], device, dtype, threads, json_file)
+        run_fidelity(settings, text or [], windows, context, predict, prefill_chunk)
+
+
+@eval_app.command()
+def tasks(
+    task: Annotated[
+        list[str] | None,
+        typer.Argument(help="passkey, niah4, variable_tracking, cloze, copy, few_shot. Default: all."),
+    ] = None,
+    model: Model = "demo",
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a context; may be repeated. Default: 1024.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts of each task and length.")] = 10,
+    text: Annotated[Path | None, typer.Option(help="The haystack. Default: the bundled text.")] = None,
+    classes: Annotated[
+        list[Path] | None, typer.Option(help="A class of few_shot: a text file; two or more. Default: made up.")
+    ] = None,
+    prefill_chunk: Chunk = 0,
+    options: Options = None,
+    compressor: Compressor = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """What a cache loses of facts in a long context: questions whose answers stand only there, asked afterwards."""
+    with readable_errors():
+        from .eval_setup import EvalSettings
+        from .eval_tasks import run_eval_tasks
+
+        settings = EvalSettings(model, options or [], compressor or [], device, dtype, threads, json_file)
+        run_eval_tasks(settings, task or [], length or [1024], contexts, text, classes or [], prefill_chunk)

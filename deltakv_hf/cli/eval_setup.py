@@ -1,0 +1,115 @@
+"""What the `deltakv eval` commands share: the model, the caches to measure, the file with the result."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from ..cache import DeltaKVCache
+from ..errors import InvalidOptionError
+from ..evaluation.model import DEMO_MODEL, load_demo_model, load_model
+from ..evaluation.steps import environment
+from ..files import write_atomically
+from ..hf_compat import Cache
+from .arguments import check_output
+from .console import console
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What the command line says; `options` are JSON texts."""
+
+    model: str
+    options: list[str]
+    compressors: list[str]
+    device: str | None
+    dtype: str | None
+    threads: int | None
+    json_file: Path | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cache to measure.
+
+    Attributes:
+        name: in tables.
+        source: where it comes from, for JSON: its options or its compressor.
+        make: makes an empty one for a model.
+    """
+
+    name: str
+    source: dict
+    make: Callable[..., Cache]
+
+
+def candidates(settings: EvalSettings) -> list[Candidate]:
+    """The caches asked for, or `DeltaKVCache` as it comes; none is made yet."""
+    texts = settings.options or ([] if settings.compressors else ["{}"])
+    found = [_with_options(text) for text in texts]
+    if settings.compressors and not hasattr(DeltaKVCache, "from_pretrained"):
+        raise InvalidOptionError(
+            f"`--compressor` must be left out: this version has no learned compressors, got "
+            f"{settings.compressors[0]!r}. Use `--options`."
+        )
+    for name in settings.compressors:
+        found.append(Candidate(name, {"compressor": name}, partial(_with_compressor, name)))
+    return list({candidate.name: candidate for candidate in found}.values())
+
+
+def _with_options(text: str) -> Candidate:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidOptionError(f"`--options` must be JSON like '{{\"nbits\": 8}}', got {text!r}: {error}.") from error
+    if not isinstance(options, dict):
+        raise InvalidOptionError(f"`--options` must be a JSON object like '{{\"nbits\": 8}}', got {text!r}.")
+    name = ", ".join(f"{option}={value}" for option, value in options.items()) or "DeltaKVCache"
+    return Candidate(name, {"options": options}, lambda model: DeltaKVCache(model, **options))
+
+
+def _with_compressor(name: str, model) -> Cache:
+    return DeltaKVCache.from_pretrained(name, model=model)
+
+
+def prepare(settings: EvalSettings):
+    """Refuses what cannot work, then loads the model; returns it, its tokenizer and the candidates by name."""
+    check_output("--json", settings.json_file)
+    caches = candidates(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    name = DEMO_MODEL if settings.model == "demo" else settings.model
+    # transformers draws bars of its own
+    with console.status(f"load {name}"), contextlib.redirect_stderr(io.StringIO()):
+        if settings.model == "demo":
+            model, tokenizer = load_demo_model(settings.dtype, settings.device)
+        else:
+            model, tokenizer = load_model(settings.model, settings.dtype, settings.device)
+    for cache in caches:
+        # an option that is refused is refused before hours of work
+        cache.make(model)
+    return model, tokenizer, {cache.name: cache for cache in caches}
+
+
+def progress(description: str) -> Callable:
+    """A bar over an iteration."""
+    return partial(track, description=description, console=console)
+
+
+def write_result(settings: EvalSettings, model, how: dict, rows: list[dict]) -> None:
+    """Writes command, device, versions and rows, whole or not at all."""
+    if settings.json_file is None:
+        return
+    command = shlex.join(["deltakv", *sys.argv[1:]])
+    result = {"command": command, "environment": environment(model)} | how | {"results": rows}
+    write_atomically(settings.json_file, (json.dumps(result, indent=2) + "\n").encode())

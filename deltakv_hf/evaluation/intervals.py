@@ -1,0 +1,44 @@
+"""95 % intervals for shares and for the difference of two shares of the same items."""
+
+from __future__ import annotations
+
+import math
+
+Z = 1.959964
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Wilson's score interval of the share `count / total` (E. B. Wilson, JASA 22, 1927)."""
+    share, scale = count / total, 1 + Z**2 / total
+    middle = (share + Z**2 / (2 * total)) / scale
+    half = Z * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2)) / scale
+    # rounding must not put the share outside
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, float]:
+    """Interval of the share of true ones in `after` minus that in `before`, of the same items in the same order.
+
+    Method 10 of R. G. Newcombe, Statistics in Medicine 17, 1998, 2635-2650: the Wilson intervals of the two shares,
+    joined with their correlation. It has a width also where no item differs, which tells how much could be missed.
+    """
+    total = len(before)
+    both, lost, gained = (
+        sum(pair == kind for pair in zip(before, after, strict=True))
+        for kind in ((True, True), (True, False), (False, True))
+    )
+    neither = total - both - lost - gained
+    first, second = (both + lost) / total, (both + gained) / total
+    spread = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    covariance = both * neither - lost * gained
+    if covariance > 0:
+        covariance = max(covariance - total / 2, 0)
+    correlation = covariance / math.sqrt(spread) if spread else 0.0
+
+    def reach(down: float, up: float) -> float:
+        return math.sqrt(max(0.0, down**2 - 2 * correlation * down * up + up**2))
+
+    (first_low, first_high), (second_low, second_high) = wilson(both + lost, total), wilson(both + gained, total)
+    low = second - first - reach(second - second_low, first_high - first)
+    high = second - first + reach(first - first_low, second_high - second)
+    return max(-1.0, low), min(1.0, high)

@@ -1,0 +1,47 @@
+"""How a context gets into a cache, and the share of dense bytes that it takes there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from ..errors import InvalidOptionError
+
+
+class Shares(NamedTuple):
+    """Bytes held over dense bytes: of the whole cache, and of its compressed tokens alone (0 without any)."""
+
+    stored: float
+    compressed: float
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chunk: int = 0) -> Shares:
+    """Feeds `ids` `[n]` int64 in calls of `prefill_chunk` tokens, or in one (0).
+
+    Returns:
+        the shares held then; all of it in caches that give no `memory_report`.
+    """
+    ids = ids.to(model.device).unsqueeze(0)
+    for part in ids.split(prefill_chunk or ids.shape[1], dim=1):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if not hasattr(cache, "memory_report"):
+        return Shares(1.0, 0.0)
+    report = cache.memory_report()
+    return Shares(report.ratio, report.compressed_share)
+
+
+def check_chunk(prefill_chunk: int) -> None:
+    """Raises `InvalidOptionError` for a negative number."""
+    if prefill_chunk < 0:
+        raise InvalidOptionError(f"`prefill_chunk` must be 0 (one call) or positive, got {prefill_chunk}.")
+
+
+def check_cache(name: str, cache: object) -> None:
+    """Raises `InvalidOptionError` unless what `make_caches[name]` made is a cache."""
+    if not isinstance(cache, Cache):
+        raise InvalidOptionError(
+            f"`make_caches[{name!r}]` must make a transformers Cache, got a {type(cache).__name__}."
+        )

@@ -1,0 +1,93 @@
+"""Runs tasks: every context is read once by each cache, and its questions are asked on top, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InvalidOptionError
+from .haystack import Sources, read_sources
+from .items import TaskContext
+from .prefill import check_cache, check_chunk, prefill
+from .scores import TaskScores, score_item
+from .tasks import Task
+
+FULL = "full cache"
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    seeds: Iterable[int],
+    make_caches: dict[str, Callable[[], Cache]],
+    progress: Callable[[Iterable], Iterator] = iter,
+    *,
+    sources: Sources | None = None,
+    prefill_chunk: int = 0,
+) -> list[TaskScores]:
+    """Scores caches in tasks, beside the full cache, which is always run.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        tasks: as `pick_tasks` gives them.
+        lengths: most tokens of a context.
+        seeds: one context of each task and length for each.
+        make_caches: a function that makes an empty cache, by name.
+        progress: wraps the iteration over contexts (for a progress bar).
+        sources: texts of the contexts; None takes those that come with the package.
+        prefill_chunk: tokens of each call that fills the caches measured, 0 for one call; the full cache gets one.
+
+    Returns:
+        scores by task, then length, then cache, the full cache (`FULL`) first.
+
+    Raises:
+        InvalidOptionError: a length is too small for a task or too large for the model, or an argument is empty.
+    """
+    check_chunk(prefill_chunk)
+    seeds, sources = list(seeds), sources or read_sources()
+    for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
+        if not given:
+            raise InvalidOptionError(f"`{name}` must not be empty.")
+    if FULL in make_caches:
+        raise InvalidOptionError(f"`make_caches` must not hold {FULL!r}, which is always run.")
+    makers = {FULL: lambda: DynamicCache(config=model.config)} | make_caches
+    cells = [(task, length) for task in tasks for length in lengths]
+    # all are made before the first is read, so that an error comes at once
+    contexts = [(cell, _context(model, tokenizer, *cell, seed, sources)) for cell in cells for seed in seeds]
+    scores = {(cell, name): ([], []) for cell in cells for name in makers}
+    for cell, context in progress(contexts):
+        for name, make_cache in makers.items():
+            cache = make_cache()
+            check_cache(name, cache)
+            shares = prefill(model, torch.tensor(context.ids), cache, 0 if name == FULL else prefill_chunk)
+            items, held = scores[cell, name]
+            items.append([score_item(model, cache, item) for item in context.items])
+            held.append(shares)
+    return [
+        TaskScores(task.name, length, name, seeds, items, scores[(task, length), FULL][0], held)
+        for ((task, length), name), (items, held) in scores.items()
+    ]
+
+
+def _context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    num_tokens: int,
+    seed: int,
+    sources: Sources,
+) -> TaskContext:
+    context = task.context(tokenizer, num_tokens, seed, sources)
+    longest = len(context.ids) + max(len(item.question) + len(item.answer) for item in context.items)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InvalidOptionError(
+            f"`lengths` must leave room for questions in the {limit} positions of the model, got {num_tokens}: a "
+            f"context of {task.name} with its longest question has {longest} tokens. Take {longest - limit} less."
+        )
+    return context

@@ -1,0 +1,140 @@
+"""`deltakv eval`: what its commands print, write and refuse, on a tiny model."""
+
+import json
+import re
+
+import pytest
+from commands import assert_refused, run
+from helpers import TIGHT
+from models import byte_llama, byte_tokenizer
+
+from deltakv_hf import DeltaKVCache
+from deltakv_hf.cli import eval_fidelity, eval_tasks
+
+FIDELITY = ["--context", 300, "--predict", 20, "--windows", 2, "--device", "cpu"]
+TASKS = ["--length", 900, "--contexts", 2, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A tiny random llama with a tokenizer, saved."""
+    path = tmp_path_factory.mktemp("llama")
+    byte_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("chunk", [0, 100])
+def test_fidelity_measures_texts_and_says_how(folder, tmp_path, chunk):
+    text, out = tmp_path / "mine.txt", tmp_path / "out.json"
+    text.write_text("A text of many words. " * 40)
+    options = ["--options", json.dumps(TIGHT), "--options", '{"nbits": 8}', "--prefill-chunk", chunk]
+    result = run("eval", "fidelity", text, "--model", folder, *FIDELITY, *options, "--json", out)
+    assert result.exit_code == 0, result.output
+    assert "nbits=8" in result.output and "recent_window=8" in result.output and "± " in result.output
+    found = json.loads(out.read_text())
+    assert found["command"].startswith("deltakv ") and found["environment"]["dtype"] == "float32"
+    assert (found["context"], found["predict"], found["prefill_chunk"]) == (300, 20, chunk)
+    rows = found["results"]
+    assert [row["options"] for row in rows] == [TIGHT, {"nbits": 8}]
+    for row in rows:
+        assert row["windows"] == 2 and 0 < row["compressed_share"] < row["stored_share"] < 1
+        assert [(w["text"], w["window"]) for w in row["per_window"]] == [("mine.txt", 0), ("mine.txt", 1)]
+        assert sum(w["kl"] for w in row["per_window"]) / 2 == pytest.approx(row["kl"])
+
+
+def test_fidelity_of_the_default_cache_on_the_bundled_text(folder, tmp_path):
+    out = tmp_path / "out.json"
+    result = run("eval", "fidelity", "--model", folder, *FIDELITY, "--json", out)
+    assert result.exit_code == 0, result.output
+    assert "DeltaKVCache" in result.output
+    row = json.loads(out.read_text())["results"][0]
+    assert row["options"] == {} and row["per_window"][0]["text"] == "persuasion.txt"
+
+
+def test_tasks_are_scored_beside_the_full_cache(folder, tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--length", 1000, "--options", json.dumps(TIGHT), "--json", out]
+    result = run("eval", "tasks", "niah4", "few_shot", "--model", folder, *TASKS, *options)
+    assert result.exit_code == 0, result.output
+    assert "niah4: " in result.output and "few_shot: " in result.output and "full cache" in result.output
+    assert "…" not in result.output and re.search(r"[+-]\.\d\d to [+-]\.\d\d", result.output)
+    rows = json.loads(out.read_text())["results"]
+    names = ["full cache", ", ".join(f"{option}={value}" for option, value in TIGHT.items())]
+    assert [(row["task"], row["length"], row["cache"]) for row in rows] == [
+        (task, length, name) for task in ("niah4", "few_shot") for length in (900, 1000) for name in names
+    ]
+    assert "options" not in rows[0] and rows[1]["options"] == TIGHT
+    assert rows[1]["items"] == len(rows[1]["per_item"]) == 8 and rows[1]["compressed_share"] > 0
+
+
+def test_tasks_take_texts(folder, tmp_path):
+    text, classes = tmp_path / "hay.txt", [tmp_path / "a.txt", tmp_path / "b.txt"]
+    text.write_text("Hay and more hay. " * 9)
+    for path in classes:
+        path.write_text("".join(f"the {path.stem} kind of line, number {i}\n" for i in range(20)))
+    texts = ["--text", text, "--classes", classes[0], "--classes", classes[1], "--json", tmp_path / "out.json"]
+    result = run("eval", "tasks", "passkey", "few_shot", "--model", folder, *TASKS, *texts)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["text"], found["classes"]) == ("hay.txt", ["a.txt", "b.txt"])
+
+
+@pytest.mark.parametrize("command, module", [("fidelity", eval_fidelity), ("tasks", eval_tasks)])
+def test_an_interrupt_leaves_the_old_file(folder, tmp_path, monkeypatch, command, module):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_tasks" if command == "tasks" else "measure_fidelity", interrupted)
+    out = tmp_path / "out.json"
+    out.write_text("old")
+    result = run("eval", command, "--model", folder, *(TASKS if command == "tasks" else FIDELITY), "--json", out)
+    assert result.exit_code != 0 and not isinstance(result.exception, AttributeError)
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("command", ["fidelity", "tasks"])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--options", "{nbits: 8}"], ["--options", "{nbits: 8}", "JSON"]),
+        (["--options", "[8]"], ["--options", "[8]", "object"]),
+        (["--options", '{"nbits": 3}'], ["nbits", "2, 4, 8", 3]),
+        (["--options", '{"nbit": 4}'], ["nbit", "Did you mean `nbits`?"]),
+        (["--json", "missing/out.json"], ["--json", "missing/out.json"]),
+        (["--dtype", "int8"], ["dtype", "int8"]),
+    ],
+)
+def test_bad_options_are_refused(folder, command, arguments, words):
+    assert_refused(run("eval", command, "--model", folder, *arguments), *words)
+
+
+def test_texts_and_tasks_that_are_not_there_are_refused(folder, tmp_path):
+    missing = tmp_path / "missing.txt"
+    assert_refused(run("eval", "fidelity", missing, "--model", folder), "text", missing)
+    missing.write_text("too short")
+    assert_refused(run("eval", "fidelity", missing, "--model", folder), "text", 4096, "missing.txt")
+    assert_refused(run("eval", "tasks", "niah", "--model", folder), "task", "niah", "Did you mean `niah4`?")
+    assert_refused(run("eval", "tasks", "niah4", "--model", folder, "--length", 10), "num_tokens")
+    assert_refused(run("eval", "tasks", "passkey", "--model", folder, "--length", 4090), "lengths", 4096)
+
+
+def test_compressors_go_by_name(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def from_pretrained(name, model):
+        asked.append(name)
+        return DeltaKVCache(model, **TIGHT)
+
+    monkeypatch.setattr(DeltaKVCache, "from_pretrained", staticmethod(from_pretrained), raising=False)
+    out = tmp_path / "out.json"
+    result = run("eval", "fidelity", "--model", folder, *FIDELITY, "--compressor", "mine", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert set(asked) == {"mine"} and json.loads(out.read_text())["results"][0]["compressor"] == "mine"
+
+
+def test_compressors_are_refused_until_there_are_any(folder, monkeypatch):
+    if hasattr(DeltaKVCache, "from_pretrained"):
+        monkeypatch.delattr(DeltaKVCache, "from_pretrained")
+    for command in ("fidelity", "tasks"):
+        assert_refused(run("eval", command, "--model", folder, "--compressor", "mine"), "--compressor", "mine")
