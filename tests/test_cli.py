@@ -84,11 +84,11 @@ def test_list_shows_what_is_on_this_machine(tmp_path, monkeypatch):
         "small-4x",
         "someone/[small]",
         "25.0%",
-        "someone/compressor",
-        "Hub cache, cccccccc",
         "cannot be used",
     ):
         assert words in output
+    # the width of the terminal decides where a long name is folded
+    assert all(words in output for words in ("compressor", "Hub cache,", "cccccccc"))
     assert "version 9" in json.loads(run("list", "--json").stdout)[1]["problem"]
 
 
