@@ -67,8 +67,9 @@ SHAPES = {
         },
     ),
 }
+INTERPRETED = tl.constexpr(INTERPRET)
 LAYOUTS = ["F", "A", "B", "Bt", "C", "D", "D2", "E", "E2", "E2s"]
-TILINGS = {"sum": [(32, 2), (64, 4), (128, 4)], "dot": [(64, 4), (128, 8)]}  # (tokens, warps)
+TILINGS = {"sum": [(32, 2, 2), (64, 4, 2)], "dot": [(64, 4, 2), (64, 4, 3), (128, 8, 3)]}  # tokens, warps, stages
 REFERENCES = 1024
 
 
@@ -110,6 +111,41 @@ def compand(code, W: tl.constexpr):
     return y
 
 
+@triton.jit
+def gather(tab, x, N: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr):
+    """N entries of tab from each x on, [BT, BK] in all. In assembly, which leaves x where decoding put it; tl.load
+    would move it through shared memory to the layout that suits a coalesced load, which no gather is."""
+    if not ASM:
+        if N == 1:
+            return tl.load(tab + x)
+        else:
+            return tl.reshape(tl.load(tab + x[:, :, None] + tl.arange(0, N)[None, None, :]), [BT, BK])
+    elif N == 1:
+        x = tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=h,l", [(tab + x).to(tl.int64)], tl.int16, True, 1)
+        return x.to(tl.float16, bitcast=True)
+    else:
+        x = (tab + x).to(tl.int64)
+        if N == 2:
+            x = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [x], tl.int32, True, 1)
+        elif N == 4:
+            x, y = tl.inline_asm_elementwise(
+                "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [x], (tl.int32, tl.int32), True, 1
+            )
+            x = tl.join(x, y)
+        else:
+            x, y, z, w = tl.inline_asm_elementwise(
+                "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+                "=r,=r,=r,=r,l",
+                [x],
+                (tl.int32, tl.int32, tl.int32, tl.int32),
+                True,
+                1,
+            )
+            x = tl.join(tl.join(x, z), tl.join(y, w))
+        x = tl.join(x.to(tl.int16), (x >> 16).to(tl.int16))
+        return tl.reshape(x, [BT, BK]).to(tl.float16, bitcast=True)
+
+
 # fmt: off
 @triton.jit
 def windows(
@@ -147,7 +183,7 @@ def windows(
 def decode(
     codes, tab, lut, latents, tok, i, LAYOUT: tl.constexpr, W: tl.constexpr, OFF: tl.constexpr, COMP: tl.constexpr,
     TOFF: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
-    TILED: tl.constexpr, DP4A: tl.constexpr,
+    TILED: tl.constexpr, ASM: tl.constexpr,
 ):
     """Block i of a segment of rate W that starts at unit OFF and component COMP: [BT, BK] fp16."""
     UNITS: tl.constexpr = BK * W // (8 * UNIT)
@@ -157,7 +193,7 @@ def decode(
     elif LAYOUT[0] == "E":
         if LAYOUT == "E":
             x = windows(codes, tok, first, W, 12, BT, BK, STRIDE, TILED) * 34038481 + 76625530
-            if DP4A:  # the sum of bytes, into the mantissa of an fp16 that starts at 1024
+            if not INTERPRETED:  # the sum of bytes, into the mantissa of an fp16 that starts at 1024
                 x = tl.inline_asm_elementwise("dp4a.u32.u32 $0, $1, 0x01010101, 25600;", "=r,r", [x], tl.int32, True, 1)
             else:
                 x = (x & 0x00FF00FF) + ((x >> 8) & 0x00FF00FF)
@@ -166,7 +202,7 @@ def decode(
         else:
             x = windows(codes, tok, first, W, 8, BT, BK, STRIDE, TILED).to(tl.int32)
             if LAYOUT == "E2":
-                return tl.load(tab + x)
+                return gather(tab, x, 1, BT, BK, ASM)
             else:
                 return tl.reshape(tl.gather(lut, tl.reshape(x, [BT * BK]), 0), [BT, BK])
     elif LAYOUT == "C":
@@ -184,13 +220,13 @@ def decode(
             G: tl.constexpr = BK // N
             x = unpack(x, 8 * UNIT, BITS, BT, G)
             x = TOFF + (((i * G + tl.arange(0, G)[None, :]) << BITS) + x) * N
-            return tl.reshape(tl.load(tab + x[:, :, None] + tl.arange(0, N)[None, None, :]), [BT, BK])
+            return gather(tab, x, N, BT, BK, ASM)
         else:
             x = unpack(x, 8 * UNIT, W, BT, BK)
             if LAYOUT == "A":
-                return tl.load(tab + TOFF + ((i * BK + tl.arange(0, BK)[None, :]) << W) + x)
+                return gather(tab, TOFF + ((i * BK + tl.arange(0, BK)[None, :]) << W) + x, 1, BT, BK, ASM)
             elif LAYOUT == "Bt":
-                return tl.load(tab + TOFF + x)
+                return gather(tab, TOFF + x, 1, BT, BK, ASM)
             else:
                 return compand(x, W)
 
@@ -200,7 +236,7 @@ def segment(
     acc, codes, tab, lut, latents, up, ids, gain, tok, N: tl.constexpr, LAYOUT: tl.constexpr, DOT: tl.constexpr,
     REF: tl.constexpr, W: tl.constexpr, OFF: tl.constexpr, COMP: tl.constexpr, TOFF: tl.constexpr, R: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
-    STRIDE: tl.constexpr, TILED: tl.constexpr, DP4A: tl.constexpr,
+    STRIDE: tl.constexpr, TILED: tl.constexpr, ASM: tl.constexpr,
 ):
     """Add the segment's N blocks to acc: [BT, BN] products, or [BT] sums."""
     comp = COMP + tl.arange(0, BK)
@@ -209,7 +245,7 @@ def segment(
     else:
         part = tl.zeros([BT, BK], tl.float32)
     for i in range(N):
-        z = decode(codes, tab, lut, latents, tok, i, LAYOUT, W, OFF, COMP, TOFF, R, BT, BK, UNIT, STRIDE, TILED, DP4A)
+        z = decode(codes, tab, lut, latents, tok, i, LAYOUT, W, OFF, COMP, TOFF, R, BT, BK, UNIT, STRIDE, TILED, ASM)
         if REF:
             z = z * gain + tl.load(latents + ids * R + (comp + i * BK)[None, :])
         if DOT:
@@ -226,7 +262,7 @@ def segment(
 def spike(
     codes, tab, latents, up, refs, out, SEGS: tl.constexpr, LAYOUT: tl.constexpr, DOT: tl.constexpr,
     REF: tl.constexpr, T: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    WIDTH: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, TILED: tl.constexpr, DP4A: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, TILED: tl.constexpr, ASM: tl.constexpr,
 ):
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     tok = rows[:, None]
@@ -249,7 +285,7 @@ def spike(
     for s in tl.static_range(len(SEGS)):
         acc = segment(
             acc, codes, tab, lut, latents, up, ids, gain, tok, SEGS[s][1], LAYOUT, DOT, REF, SEGS[s][0], SEGS[s][2],
-            SEGS[s][3], SEGS[s][4], R, BT, BK, BN, WIDTH, UNIT, STRIDE, TILED, DP4A,
+            SEGS[s][3], SEGS[s][4], R, BT, BK, BN, WIDTH, UNIT, STRIDE, TILED, ASM,
         )
     if DOT:
         acc = tl.sum(acc, 1)
@@ -318,12 +354,12 @@ class Case(NamedTuple):
     unit: int = 4  # bytes of a load's element
     tiled: bool = False
     ref: bool = False
+    plain: bool = False  # gather with tl.load
 
     def __str__(self):
+        name = f"{self.layout}{'+ref' * self.ref}{' tl.load' * self.plain}"
         store = f"{self.stride or SHAPES[self.shape][2]} {'words' if self.unit == 4 else 'bytes'}"
-        return (
-            f"{self.shape:9} | {self.layout}{'+ref' * self.ref:4} | {store}{', tiles of 64' * self.tiled} | {self.form}"
-        )
+        return f"{self.shape:9} | {name:8} | {store}{', tiles of 64' * self.tiled} | {self.form}"
 
 
 def cases():
@@ -334,6 +370,7 @@ def cases():
         found += [Case("llama-400", "D", form, *store) for store in stores[::4]]
         found += [Case("llama-400", "E", form, *store) for store in stores[2::2]]
         found.append(Case("llama-256", "B", form, ref=True))
+        found += [Case("llama-256", layout, form, plain=True) for layout in ("A", "D", "D2", "E2")]
     return found
 
 
@@ -354,7 +391,7 @@ def constants(case, tokens, columns):
         UNIT=case.unit,
         STRIDE=(case.stride or stride) // case.unit,
         TILED=case.tiled,
-        DP4A=not INTERPRET,
+        ASM=not (case.plain or INTERPRET),
     )
 
 
@@ -393,7 +430,7 @@ def arguments(case, tokens, columns, device):
 # ---- running ---------------------------------------------------------------------------------------------------------
 def compile_one(job):
     """Into Triton's cache on disk, under the key that a launch with real tensors looks for."""
-    case, (bt, warps), tokens, arch = job
+    case, (bt, warps, stages), tokens, arch = job
     if arch:
 
         class Driver:  # enough of a driver to compile without a GPU
@@ -405,7 +442,9 @@ def compile_one(job):
     began = time.time()
     types = (torch.int32 if case.unit == 4 else torch.uint8, *[torch.float16] * 3, torch.int32, torch.float32)
     try:
-        kernel = spike.warmup(*types, **constants(case, tokens, 256), BT=bt, num_warps=warps, num_stages=3, grid=(1,))
+        kernel = spike.warmup(
+            *types, **constants(case, tokens, 256), BT=bt, num_warps=warps, num_stages=stages, grid=(1,)
+        )
     except Exception as error:  # one kernel that does not compile must not take the others with it
         return job, None, time.time() - began, f"{type(error).__name__}: {error}"
     return job, kernel.metadata.shared, time.time() - began, kernel.asm if arch else None
@@ -475,15 +514,15 @@ def bench(options):
         out, meta = args[-1], constants(case, tokens, 256)
         _, width, stride, _ = SHAPES[case.shape]
         size = 2 * meta["R"] if case.layout == "F" else case.stride or stride
-        for bt, warps in TILINGS[case.form]:
-            row = dict(case._asdict(), tokens_a_tile=bt, warps=warps, bytes=size, components=meta["R"])
+        for bt, warps, stages in TILINGS[case.form]:
+            row = dict(case._asdict(), tokens_a_tile=bt, warps=warps, stages=stages, bytes=size, components=meta["R"])
             rows.append(row)
             try:
-                if (case, (bt, warps)) in broken:
-                    raise RuntimeError(broken[case, (bt, warps)])
+                if (case, (bt, warps, stages)) in broken:
+                    raise RuntimeError(broken[case, (bt, warps, stages)])
 
-                def run(columns=1, bt=bt, warps=warps, args=args, meta=meta):
-                    return spike[(tokens // bt, columns)](*args, **meta, BT=bt, num_warps=warps, num_stages=3)
+                def run(columns=1, bt=bt, warps=warps, stages=stages, args=args, meta=meta):
+                    return spike[(tokens // bt, columns)](*args, **meta, BT=bt, num_warps=warps, num_stages=stages)
 
                 out.fill_(float("nan"))
                 kernel = run(len(out))
@@ -491,7 +530,7 @@ def bench(options):
                 row["ms"], row["ms_all_columns"] = measure(run, flush), measure(lambda: run(len(out)), flush)  # noqa: B023
             except Exception as error:  # out of shared memory, say
                 row["failed"] = f"{type(error).__name__}: {error}"[:300]
-                print(f"{case}, {bt} x {warps}: {row['failed']}", flush=True)
+                print(f"{case}, {bt}x{warps}x{stages}: {row['failed']}", flush=True)
                 continue
             row.update(registers=kernel.n_regs, spills=kernel.n_spills, shared=kernel.metadata.shared)
             row["gb_s"] = tokens * size / row["ms"] / 1e6
@@ -505,7 +544,7 @@ def bench(options):
             r = min(mine, key=lambda row: row["ms_all_columns"])
             r["best"] = True
             print(
-                f"| {case} | {r['tokens_a_tile']}x{r['warps']} | {1e3 * r['ms']:.1f} | {r['gb_s']:.0f} | "
+                f"| {case} | {r['tokens_a_tile']}x{r['warps']}x{r['stages']} | {1e3 * r['ms']:.1f} | {r['gb_s']:.0f} | "
                 f"{r['tokens_s'] / 1e6:.0f} | {r['times_copy']:.2f} | {1e3 * r['ms_all_columns']:.1f} | "
                 f"{r['registers']} | {r['spills']} | {r['shared']} | {r['error']:.1e} |"
             )
