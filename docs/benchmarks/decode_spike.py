@@ -440,10 +440,11 @@ def compile_one(job):
 
         triton.runtime.driver.set_active(Driver())
     began = time.time()
+    columns = 64 if arch and arch < 80 else 256  # ptxas takes minutes over 256 without wgmma
     types = (torch.int32 if case.unit == 4 else torch.uint8, *[torch.float16] * 3, torch.int32, torch.float32)
     try:
         kernel = spike.warmup(
-            *types, **constants(case, tokens, 256), BT=bt, num_warps=warps, num_stages=stages, grid=(1,)
+            *types, **constants(case, tokens, columns), BT=bt, num_warps=warps, num_stages=stages, grid=(1,)
         )
     except Exception as error:  # one kernel that does not compile must not take the others with it
         return job, None, time.time() - began, f"{type(error).__name__}: {error}"
