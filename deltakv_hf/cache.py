@@ -13,6 +13,7 @@ from .attach import attach, unwrap
 from .bare import FORM, BareRope
 from .base import CompressedCache
 from .compressor import DirectCompressor
+from .compressor.kv_compressor import KVCompressor
 from .config import DeltaKVConfig
 from .conversion import fill, to_dynamic
 from .errors import CacheStateError, InvalidOptionError, UnsupportedModelError
@@ -35,6 +36,8 @@ class DeltaKVCache(CompressedCache):
     Args:
         model: the model that will use the cache; hooks are registered on it once (see `deltakv_hf.detach`). A bare
             `PretrainedConfig` is taken too, for one unpadded row and standard RoPE.
+        compressor: made for this model (`KVCompressor.calibrate` or `.from_pretrained`); None compresses without any.
+            Of the options it leaves `num_sink_tokens`, `recent_window` (64 then) and `block_size` to you.
         offloading: keep what is stored in CPU memory and fetch each layer while the one before it runs (needs an
             accelerator).
         offload_only_non_sliding: with `offloading`, leave sliding-window layers on the device.
@@ -60,11 +63,13 @@ class DeltaKVCache(CompressedCache):
         self,
         model: PreTrainedModel | PretrainedConfig,
         *,
+        compressor: KVCompressor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **options,
     ):
-        self.options = DeltaKVConfig.from_options(options)
+        self.compressor = _check_compressor(compressor, model)
+        self.options = DeltaKVConfig.from_options(options, compressor)
         bare = isinstance(model, PretrainedConfig)
         root = None if bare else unwrap(model)
         check_config(model if bare else root.config)
@@ -76,7 +81,6 @@ class DeltaKVCache(CompressedCache):
         self._ledger = TokenLedger(self.options)
         self._registry = RopeRegistry()
         layers = DynamicCache(config=self.model_config).layers
-        make_compressor = partial(DirectCompressor, self.options)
         for layer_idx, layer in enumerate(layers):
             if type(layer) is not DynamicLayer:
                 continue
@@ -86,6 +90,7 @@ class DeltaKVCache(CompressedCache):
                     f"{self.model_config.model_type!r} stored none. Use `DynamicCache`."
                 )
             form = FORM if bare else self._probes[layer_idx].form
+            make_compressor = partial(_make_layer_compressor, self.options, compressor, layer_idx)
             layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry)
         if offloading and not torch.accelerator.is_available():
             raise InvalidOptionError("`offloading` must be False on a machine without an accelerator, got True.")
@@ -93,6 +98,40 @@ class DeltaKVCache(CompressedCache):
         self._touched: dict[int, int] = {}
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self._ledger.num_layers = len(self.own_layers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path,
+        *,
+        model: PreTrainedModel | PretrainedConfig,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir=None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **options,
+    ) -> DeltaKVCache:
+        """A cache with a compressor from a folder, from this package (a bare name) or from the Hub (`owner/name`).
+
+        For many caches load it once: `DeltaKVCache(model, compressor=KVCompressor.from_pretrained(...))`.
+
+        Args:
+            id_or_path, revision, token, cache_dir, local_files_only, force_download: as `KVCompressor.from_pretrained`.
+            model, **options: as for `DeltaKVCache`.
+
+        Raises:
+            CompressorError: there is none, it is damaged, or it was made for a model of another architecture.
+        """
+        compressor = KVCompressor.from_pretrained(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls(model, compressor=compressor, **options)
 
     # -- what the hooks and the model tell ------------------------------------------------------------------------
 
@@ -243,6 +282,7 @@ class DeltaKVCache(CompressedCache):
         model: PreTrainedModel | PretrainedConfig,
         input_ids: torch.Tensor | None = None,
         *,
+        compressor: KVCompressor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> DeltaKVCache:
@@ -252,6 +292,7 @@ class DeltaKVCache(CompressedCache):
             path: of the file.
             model: the model (or bare config) of the saved cache, in this process.
             input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
+            compressor: the one that the saved cache used, if it used one; it is not in the file.
             offloading, offload_only_non_sliding: as for `DeltaKVCache`.
 
         Returns:
@@ -262,9 +303,41 @@ class DeltaKVCache(CompressedCache):
             CacheStateError: the file is damaged, of something else, of another model, class or version.
             InvalidOptionError: no such file, or `input_ids` differ from the saved ones.
         """
-        make = partial(cls, model, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        return load(cls, path, model, input_ids, make)
+        make = partial(
+            cls,
+            model,
+            compressor=compressor,
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
+        )
+        return load(cls, path, model, input_ids, make, compressor)
 
     def __repr__(self) -> str:
         own = len(self.own_layers)
         return f"DeltaKVCache({own} of {len(self.layers)} layers compressed, {self.get_seq_length()} tokens seen)"
+
+
+def _check_compressor(compressor: object, model: PreTrainedModel | PretrainedConfig) -> KVCompressor | None:
+    if compressor is None:
+        return None
+    if not isinstance(compressor, KVCompressor):
+        raise InvalidOptionError(
+            f"`compressor` must be a KVCompressor or None, got {compressor!r}. Load one by name with "
+            "`KVCompressor.from_pretrained`, or call `DeltaKVCache.from_pretrained(name, model=model)`."
+        )
+    compressor.check_model(model)
+    return compressor
+
+
+# not a method: a layer must not hold the cache
+def _make_layer_compressor(
+    options: DeltaKVConfig,
+    compressor: KVCompressor | None,
+    layer_idx: int,
+    key_width: int,
+    value_width: int,
+    device: torch.device,
+):
+    if compressor is None:
+        return DirectCompressor(options, key_width, value_width)
+    return compressor.layer(layer_idx, key_width, value_width, device)

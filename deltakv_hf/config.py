@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from .errors import InvalidOptionError
 
+# options that do not say how a token is coded
+FREE = ("num_sink_tokens", "recent_window", "block_size")
+# raw tokens cost more, and errors of a calibrated compressor less: a smaller window is the better bargain
+COMPRESSOR_WINDOW = 64
+
 
 @dataclass(frozen=True)
 class DeltaKVConfig:
@@ -41,12 +46,12 @@ class DeltaKVConfig:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        _check_integer("num_sink_tokens", self.num_sink_tokens, low=0)
-        _check_integer("recent_window", self.recent_window, low=0)
-        _check_integer("block_size", self.block_size, low=1)
-        _check_integer("reference_stride", self.reference_stride, low=1)
-        _check_integer("top_k", self.top_k, low=1, high=16)
-        _check_integer("group_size", self.group_size, low=1)
+        check_integer("num_sink_tokens", self.num_sink_tokens, low=0)
+        check_integer("recent_window", self.recent_window, low=0)
+        check_integer("block_size", self.block_size, low=1)
+        check_integer("reference_stride", self.reference_stride, low=1)
+        check_integer("top_k", self.top_k, low=1, high=16)
+        check_integer("group_size", self.group_size, low=1)
         for name in ("nbits", "reference_nbits"):
             if getattr(self, name) not in (2, 4, 8) or isinstance(getattr(self, name), bool):
                 raise InvalidOptionError(f"`{name}` must be one of 2, 4, 8, got {getattr(self, name)!r}.")
@@ -55,18 +60,35 @@ class DeltaKVConfig:
             raise InvalidOptionError(f"`reference_growth` must be a finite number >= 0, got {growth!r}.")
 
     @classmethod
-    def from_options(cls, options: dict) -> DeltaKVConfig:
-        """Makes a config from keyword options, refusing unknown names with the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean `{near[0]}`?" if near else ""
-                raise InvalidOptionError(f"`{name}` is not an option; the options are {', '.join(known)}.{hint}")
-        return cls(**options)
+    def from_options(cls, options: dict, compressor=None) -> DeltaKVConfig:
+        """Makes a config from keyword options, refusing unknown names with the nearest known one.
+
+        Args:
+            compressor: a `KVCompressor`, which fixes how tokens are coded, or None.
+        """
+        refuse_unknown(options, [field.name for field in dataclasses.fields(cls)])
+        if compressor is None:
+            return cls(**options)
+        fixed = [name for name in options if name not in FREE]
+        if fixed:
+            raise InvalidOptionError(
+                f"`{fixed[0]}` must be left out with a compressor, which fixes it, got {options[fixed[0]]!r}. Only "
+                f"{', '.join(FREE)} can be chosen."
+            )
+        return cls(**{"recent_window": COMPRESSOR_WINDOW} | options, reference_stride=compressor.reference_stride)
 
 
-def _check_integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
+def refuse_unknown(options: dict, known: list[str]) -> None:
+    """Raises for a name that is not in `known`, with the nearest that is."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise InvalidOptionError(f"`{name}` is not an option; the options are {', '.join(known)}.{hint}")
+
+
+def check_integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
+    """Raises unless `value` is an integer in the range."""
     rule = f">= {low}" if high is None else f"from {low} to {high}"
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from .kernels.reference import dequantize, nearest_references, predict, quantize, reconstruct
+from .kernels.reference import (
+    dequantize,
+    grid_limit,
+    nearest_references,
+    predict,
+    quantize,
+    reconstruct,
+    vector_dequantize,
+    vector_quantize,
+)
 
-__all__ = ["dequantize", "nearest_references", "predict", "quantize", "reconstruct"]
+__all__ = [
+    "dequantize",
+    "grid_limit",
+    "nearest_references",
+    "predict",
+    "quantize",
+    "reconstruct",
+    "vector_dequantize",
+    "vector_quantize",
+]

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from .compressor import DirectCompressor, DirectStore
+from .compressor import DirectCompressor, TokenStore, TransformCompressor
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin, upload, without_autocast
 from .layout import Crop, Flush, FlushGroup, Layout, Step, View
@@ -30,7 +30,7 @@ class DeltaKVLayer(CacheLayerMixin):
     Args:
         layer_idx: number of the decoder layer.
         ledger: counts shared with the other layers of the cache.
-        make_compressor: function `(key_width, value_width) -> compressor`.
+        make_compressor: function `(key_width, value_width, device) -> compressor`.
         form: how the layer's keys are rotated, or None if they are stored as received.
         registry: the RoPE tables of the cache, which layers share.
     """
@@ -46,7 +46,7 @@ class DeltaKVLayer(CacheLayerMixin):
         self.ledger = ledger
         self.form = form
         self.tables: RopeTables | None = None
-        self.compressor: DirectCompressor | None = None
+        self.compressor: DirectCompressor | TransformCompressor | None = None
         self.state: LayerState | None = None
         self._make_compressor = make_compressor
         self._registry = registry
@@ -67,7 +67,8 @@ class DeltaKVLayer(CacheLayerMixin):
         """Makes the empty state with the heads, dtype and device of the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        self.compressor = self._make_compressor(heads * key_states.shape[-1], heads * value_states.shape[-1])
+        widths = heads * key_states.shape[-1], heads * value_states.shape[-1]
+        self.compressor = self._make_compressor(*widths, self.device)
         raw = [states[:, :, :0].clone() for _ in range(3) for states in (key_states, value_states)]
         self.state = LayerState(*raw, store=self.compressor.empty(batch, self.device))
         self.is_initialized = True
@@ -236,7 +237,7 @@ class DeltaKVLayer(CacheLayerMixin):
         slots = torch.cat([view.slots, pending], dim=1)
         return gather(keys, slots), gather(values, slots)
 
-    def _decode_store(self, store: DirectStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _decode_store(self, store: TokenStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Decodes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
         batch, heads, count, head_dim = keys.shape
         if count == 0:

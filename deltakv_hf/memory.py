@@ -20,8 +20,14 @@ PARTS = (
     "bookkeeping",
     "host layers",
 )
-# what compressed tokens take
-COMPRESSED_PARTS = "references", "residual codes", "residual levels", "reference ids"
+# what compressed tokens take, by field of a store
+STORE_PARTS = {
+    "reference_codes": "references",
+    "reference_levels": "references",
+    "residual_codes": "residual codes",
+    "residual_levels": "residual levels",
+    "reference_idx": "reference ids",
+}
 
 
 def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -45,6 +51,8 @@ class MemoryReport:
         tokens: real tokens of all rows.
         compressed_tokens: of these, packed in every layer of ours.
         compressed_dense_bytes: bytes that `DynamicCache` would hold for these in our layers.
+        compressor_bytes: bytes of the compressor on the layers' devices, which all caches that use it share; no part of
+            `stored_bytes`.
     """
 
     parts: dict[str, int]
@@ -53,6 +61,7 @@ class MemoryReport:
     tokens: int
     compressed_tokens: int
     compressed_dense_bytes: int
+    compressor_bytes: int = 0
 
     @property
     def stored_bytes(self) -> int:
@@ -65,10 +74,19 @@ class MemoryReport:
         return self.stored_bytes / self.dense_bytes if self.dense_bytes else 0.0
 
     @property
+    def _compressed_bytes(self) -> int:
+        return sum(self.parts[name] for name in set(STORE_PARTS.values()))
+
+    @property
+    def break_even_tokens(self) -> int | None:
+        """Compressed tokens whose saved bytes are the compressor's own; None before any token is compressed."""
+        saved = self.compressed_dense_bytes - self._compressed_bytes
+        return -(-self.compressor_bytes * self.compressed_tokens // saved) if saved > 0 else None
+
+    @property
     def compressed_share(self) -> float:
         """Bytes of the compressed tokens alone (codes, levels, references, ids) over dense ones; 0 without any."""
-        held = sum(self.parts[name] for name in COMPRESSED_PARTS)
-        return held / self.compressed_dense_bytes if self.compressed_dense_bytes else 0.0
+        return self._compressed_bytes / self.compressed_dense_bytes if self.compressed_dense_bytes else 0.0
 
     def __str__(self) -> str:
         rows = [(name, size) for name, size in self.parts.items() if size]
@@ -78,6 +96,9 @@ class MemoryReport:
         for name, size in rows:
             share = f"{size / self.dense_bytes:7.1%}" if self.dense_bytes else ""
             lines.append(f"{name:<{width}}  {size / 2**20:10.3f} MiB  {share}".rstrip())
+        if self.compressor_bytes:
+            even = "" if self.break_even_tokens is None else f", paid for after {self.break_even_tokens:,} tokens"
+            lines.append(f"compressor, shared by all caches: {self.compressor_bytes / 2**20:.3f} MiB{even}")
         return "\n".join(lines)
 
 
@@ -85,7 +106,7 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
     """Counts a cache's layers, the RoPE tables of `registry`, the index tensors of `ledger` and `extra` tensors."""
     ledger.settle()
     parts = dict.fromkeys(PARTS, 0)
-    dense, compressed, compressed_dense = 0, 0, 0
+    dense, compressed, compressed_dense, used = 0, 0, 0, []
     for layer in layers:
         if not hasattr(layer, "state"):
             size = held_bytes(host_layers.tensors(layer))
@@ -96,10 +117,9 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
             parts["sinks"] += held_bytes([state.sink_keys, state.sink_values])
             raw = [state.tail_keys, state.tail_values, state.pending_keys, state.pending_values]
             parts["recent window"] += held_bytes(raw)
-            parts["references"] += held_bytes([store.reference_codes, store.reference_levels])
-            parts["residual codes"] += held_bytes([store.residual_codes])
-            parts["residual levels"] += held_bytes([store.residual_levels])
-            parts["reference ids"] += held_bytes([store.reference_idx])
+            for name, part in vars(store).items():
+                parts[STORE_PARTS[name]] += held_bytes([part])
+            used += layer.compressor.tensors()
             for raw in (state.tail_keys, state.tail_values):
                 token_bytes = raw.shape[1] * raw.shape[3] * raw.element_size()
                 dense += ledger.batch_size * layer.columns * token_bytes
@@ -109,4 +129,4 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
         table for tables in registry.tables for table in (tables.cos, tables.sin) if table is not None
     )
     parts["bookkeeping"] = held_bytes(ledger.tensors() + extra)
-    return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed, compressed_dense)
+    return MemoryReport(parts, dense, ledger.columns, sum(ledger.seen), compressed, compressed_dense, held_bytes(used))

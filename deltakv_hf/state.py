@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .compressor import DirectStore
+from .compressor import TokenStore
 from .hf_compat import upload
 from .layout import Crop
 
@@ -31,7 +31,7 @@ class LayerState:
     tail_values: torch.Tensor
     pending_keys: torch.Tensor
     pending_values: torch.Tensor
-    store: DirectStore
+    store: TokenStore
     columns: int = 0
     num_flushes: int = 0
 
@@ -45,7 +45,7 @@ class LayerState:
         changed = {name: change(part) for name, part in self.raw().items()}
         return replace(self, **changed, store=self.store.map(change))
 
-    def crop(self, crop: Crop, cut: Callable[[DirectStore, int], DirectStore]) -> LayerState:
+    def crop(self, crop: Crop, cut: Callable[[TokenStore, int], TokenStore]) -> LayerState:
         """The state without the newest columns; `cut` keeps the first tokens of a store."""
         width, store = max(crop.tail_lengths), self.store
         parts = {name: part[:, :, : crop.pending].clone() for name, part in self.raw().items() if "pending" in name}

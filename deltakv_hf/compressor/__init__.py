@@ -1,5 +1,7 @@
 """Compressors: how tokens become bytes and come back. One file each, one interface."""
 
 from .direct import DirectCompressor, DirectStore
+from .store import TokenStore
+from .transform import Transform, TransformCompressor, TransformStore
 
-__all__ = ["DirectCompressor", "DirectStore"]
+__all__ = ["DirectCompressor", "DirectStore", "TokenStore", "Transform", "TransformCompressor", "TransformStore"]

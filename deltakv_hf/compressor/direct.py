@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,14 +20,15 @@ from ..config import DeltaKVConfig
 from ..errors import InvalidOptionError
 from ..hf_compat import upload
 from ..references import Lattice
+from .store import TokenStore
 
 # tokens coded at once: bounds the float32 copies of a long prefill
 ENCODE_TILE = 2048
 
 
 @dataclass(frozen=True)
-class DirectStore:
-    """Packed tokens of one layer; rows are left-aligned, a shorter row's tail end is unused.
+class DirectStore(TokenStore):
+    """Packed tokens of one layer.
 
     Attributes:
         reference_codes: `[batch, num_references, width * reference_nbits / 8]` uint8.
@@ -42,38 +43,6 @@ class DirectStore:
     residual_codes: torch.Tensor
     residual_levels: torch.Tensor
     reference_idx: torch.Tensor
-
-    def map(self, change) -> DirectStore:
-        """A store whose every tensor is `change(tensor)`."""
-        return DirectStore(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
-
-    def write(self, new: DirectStore, rows: list[int] | None, num_references: int, num_residuals: int) -> DirectStore:
-        """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows)."""
-        changed = {}
-        for field in fields(self):
-            start = num_references if field.name in ("reference_codes", "reference_levels") else num_residuals
-            changed[field.name] = _write(getattr(self, field.name), getattr(new, field.name), rows, start)
-        return replace(self, **changed)
-
-    def cut(self, num_references: int, num_residuals: int) -> DirectStore:
-        """The first records of every row, in memory of their own."""
-        changed = {}
-        for field in fields(self):
-            count = num_references if field.name in ("reference_codes", "reference_levels") else num_residuals
-            changed[field.name] = getattr(self, field.name)[:, :count].clone()
-        return DirectStore(**changed)
-
-
-def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int) -> torch.Tensor:
-    stop = start + new.shape[1]
-    if rows is None:
-        return torch.cat([held[:, :start], new], dim=1)
-    size = max(stop, held.shape[1])
-    grown = held.new_zeros(held.shape[0], size, *held.shape[2:])
-    grown[:, : held.shape[1]] = held
-    for place, row in enumerate(rows):
-        grown[row, start:stop] = new[place]
-    return grown
 
 
 class DirectCompressor:
@@ -97,6 +66,10 @@ class DirectCompressor:
         # a scale never spans K and V, whose sizes differ
         common = math.gcd(key_width, value_width)
         self.group_size = max(d for d in range(1, min(config.group_size, common) + 1) if common % d == 0)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the compressor itself holds: nothing."""
+        return []
 
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
@@ -151,9 +124,7 @@ class DirectCompressor:
             idx = idx.to(torch.int16)
             residual = tokens.sub_(dispatch.predict(references, idx))
             parts.append(DirectStore(*reference, *dispatch.quantize(residual, config.nbits, self.group_size), idx))
-        names = [field.name for field in fields(DirectStore)]
-        new = DirectStore(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
-        return store.write(new, rows, num_references, num_residuals)
+        return store.write(DirectStore.join(parts), rows, num_references, num_residuals)
 
     def cut(self, store: DirectStore, count: int) -> DirectStore:
         """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""

@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..attach import unwrap
+from ..config import FREE
 from ..errors import CacheStateError, InvalidOptionError
 from ..hf_compat import host_version
 from ..layer import DeltaKVLayer
@@ -36,6 +37,7 @@ def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) ->
         "cache": type(cache).__name__,
         "host": host_version(),
         "options": asdict(cache.options),
+        "compressor": cache.compressor and cache.compressor.fingerprint,
         "config": describe_config(cache.model_config),
         # None for a bare config
         "weights": None if cache._model is None else describe_weights(_alive(cache)),
@@ -54,8 +56,8 @@ def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) ->
     write_archive(path, content, tensors)
 
 
-def load(cls, path: str | os.PathLike, model, input_ids, make):
-    """See `DeltaKVCache.load`; `make(**options)` gives an empty cache of class `cls` for `model`."""
+def load(cls, path: str | os.PathLike, model, input_ids, make, compressor):
+    """See `DeltaKVCache.load`; `make(**options)` gives an empty cache of class `cls` for `model` and `compressor`."""
     content, tensors = read_archive(path)
     saved = Saved(content, tensors)
     if content["cache"] != cls.__name__:
@@ -74,7 +76,9 @@ def load(cls, path: str | os.PathLike, model, input_ids, make):
             )
         prompt.check_begins(input_ids)
     _check_model(content["config"], content["weights"], model)
-    cache = make(**content["options"])
+    _check_compressor(content["compressor"], compressor)
+    free = content["options"] if compressor is None else {name: content["options"][name] for name in FREE}
+    cache = make(**free)
     cache.saved_prompt = prompt
     devices = layer_devices(cache, content["layers"])
     restore_ledger(cache, saved)
@@ -125,6 +129,16 @@ def _check_model(config: dict, weights: dict | None, model) -> None:
     check_config_equal(config, describe_config(running.get_text_config(decoder=True)))
     if not bare:
         check_weights_equal(weights, describe_weights(root))
+
+
+def _check_compressor(saved: str | None, compressor) -> None:
+    given = compressor and compressor.fingerprint
+    if saved != given:
+        names = [f"the compressor {name[:12]}..." if name else "no compressor" for name in (saved, given)]
+        raise CacheStateError(
+            f"`compressor` must be the one of the saved cache, which used {names[0]}, got {names[1]}. Load the cache "
+            "with the compressor that it was saved with: `DeltaKVCache.load(path, model, compressor=...)`."
+        )
 
 
 def _describe_layer(cache, layer_idx: int, tensors: dict[str, torch.Tensor]) -> dict:

@@ -6,5 +6,17 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
+from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
 
-__all__ = ["dequantize", "nearest_references", "pack", "predict", "quantize", "reconstruct", "unpack"]
+__all__ = [
+    "dequantize",
+    "grid_limit",
+    "nearest_references",
+    "pack",
+    "predict",
+    "quantize",
+    "reconstruct",
+    "unpack",
+    "vector_dequantize",
+    "vector_quantize",
+]

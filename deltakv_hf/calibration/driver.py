@@ -1,0 +1,303 @@
+"""`calibrate`: from a model and texts to a `KVCompressor`."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..compressor.base_model import describe_model
+from ..compressor.kv_compressor import KIND, KVCompressor
+from ..compressor.transform_tensors import transform_tensors
+from ..errors import InvalidOptionError
+from .capture import Observer
+from .layer_fit import LayerFit
+from .plan import LayerPlan, plan_layers, plan_references
+from .report import Report, measure
+from .settings import CalibrationSettings
+from .statistics import Statistics, collect
+from .texts import token_windows
+from .workspace import Workspace
+
+# told that a stage of so many steps begins; gives what is called after each step
+Progress = Callable[[str, int], Callable[[], None]]
+# ratios tried for a KL
+TRIES = 4
+
+
+def calibrate(
+    model: PreTrainedModel,
+    texts,
+    *,
+    ratio: float | None = None,
+    target_kl: float | None = None,
+    tokenizer=None,
+    workspace: str | os.PathLike | None = None,
+    measured_windows: int | None = None,
+    progress: Progress = lambda stage, steps: lambda: None,
+    **settings,
+) -> KVCompressor:
+    """Fits a compressor to `model` on `texts`.
+
+    Args:
+        model: of any dtype, best the one that it will run in; on the device where calibration shall run.
+        texts: documents, several sources as a dict by name (see `token_windows`), or ids `[n, window]` int64.
+        ratio: bytes of a 16-bit cache over those of compressed tokens, codes, references and their numbers included
+            (10 if neither this nor `target_kl` is given).
+        target_kl: instead, the largest KL to the full cache, nats a token, on text that is held out; the ratio that
+            reaches it is searched.
+        tokenizer: of the model; None loads it from where the model came from.
+        workspace: a folder for what was read so far (2 bytes a number of K and V); a run that was broken off goes on
+            from it, and it is kept. None takes a temporary one.
+        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source.
+        progress: told of stages and steps.
+        **settings: fields of `CalibrationSettings`.
+
+    Returns:
+        a compressor whose `config` notes the settings, texts, versions, seconds and what was measured, and whose
+        `report` holds the figures of every layer.
+
+    Raises:
+        InvalidOptionError: an argument is out of range, or there is too little text.
+        CompressorError: the model gives numbers that are not finite.
+        UnsupportedModelError: the model's attention cannot be served.
+    """
+    settings = CalibrationSettings.from_options(settings)
+    ratio = _check_goal(ratio, target_kl)
+    if isinstance(texts, torch.Tensor):
+        settings = replace(settings, window=_check_ids(texts).shape[1])
+    windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
+    if target_kl is not None and not len(held_out):
+        raise InvalidOptionError(
+            "`measured_windows` must not be 0 with `target_kl`, which is searched on held-out text."
+        )
+    clock = _Clock()
+    place = nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with place as folder:
+        run = _Run(model, settings, windows, os.path.join(folder, "seen"), clock, progress)
+        if target_kl is None:
+            compressor = run.compressor(ratio)
+            if len(held_out):
+                compressor = run.measured(compressor, held_out)
+        else:
+            compressor = _search(run, held_out, target_kl)
+    return compressor
+
+
+def _search(run: _Run, held_out: torch.Tensor, target_kl: float) -> KVCompressor:
+    """The smallest compressor tried that is within `target_kl`; KL is close to a power of the bytes."""
+    tried: dict[float, tuple[float, KVCompressor]] = {}
+    ratio = 10.0
+    for _ in range(TRIES):
+        compressor = run.measured(run.compressor(ratio), held_out)
+        tried[ratio] = compressor.report.fidelity.mean("kl"), compressor
+        points = sorted((math.log(r), math.log(max(kl, 1e-9))) for r, (kl, _) in tried.items())
+        slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]) if len(points) > 1 else 2.0
+        nearest = min(points, key=lambda point: abs(point[1] - math.log(target_kl)))
+        # aims a little lower, so that the try counts
+        wanted = nearest[0] + (math.log(0.97 * target_kl) - nearest[1]) / max(slope, 0.5)
+        ratio = min(max(math.exp(wanted), 1.5), 60.0)
+        if any(abs(ratio / known - 1) < 0.01 for known in tried):
+            break
+    within = [r for r, (kl, _) in tried.items() if kl <= target_kl]
+    if not within:
+        best = min(tried, key=lambda r: tried[r][0])
+        raise InvalidOptionError(
+            f"`target_kl` must be reachable, got {target_kl}: the lowest KL found is {tried[best][0]:.2g}, at ratio "
+            f"{best:.3g}. Ask for more."
+        )
+    return tried[max(within)][1]
+
+
+class _Run:
+    """One calibration: what was read is used for every ratio."""
+
+    def __init__(self, model, settings: CalibrationSettings, windows: torch.Tensor, folder: str, clock, progress):
+        self.model, self.settings, self.windows = model, settings, windows
+        self.clock, self.progress = clock, progress
+        self.device = model.device
+        key = {"settings": asdict(settings), "model": describe_model(model), "ids": windows.flatten().tolist()}
+        self.statistics = self._collect(Workspace(folder, key | {"dtype": str(model.dtype)}))
+        self.layers = self._fit_layers()
+
+    def _collect(self, workspace: Workspace) -> Statistics:
+        observer, settings = Observer(self.model), self.settings
+        with self.clock("reading"):
+            return collect(
+                observer,
+                self.windows,
+                workspace,
+                predicted=settings.predicted,
+                sensitivity_windows=min(settings.sensitivity_windows, len(self.windows)),
+                draws=settings.draws,
+                num_sinks=settings.num_sink_tokens,
+                num_splits=lambda keys, values: settings.num_splits(self.model.config, keys, values),
+                seed=settings.seed,
+                advance=self.progress("reading text", len(self.windows)),
+            )
+
+    def _fit_layers(self) -> dict[int, LayerFit]:
+        layers, statistics = {}, self.statistics
+        advance = self.progress("finding components", len(statistics.widths))
+        with self.clock("components"):
+            for layer_idx, widths in statistics.widths.items():
+                layers[layer_idx] = LayerFit(
+                    _Tokens(statistics, layer_idx, self.device),
+                    statistics.sensitivity[layer_idx],
+                    widths,
+                    self.settings.reference_stride,
+                    self.settings.seed,
+                )
+                advance()
+        return layers
+
+    def compressor(self, ratio: float) -> KVCompressor:
+        """Fits codebooks for one ratio."""
+        layers, fits = self.layers, list(self.layers.values())
+        dense = sum(2 * sum(widths) for widths in self.statistics.widths.values())
+        budget = dense / ratio
+        references = None
+        if self.settings.reference_stride > 1:
+            references = plan_references(fits, budget)
+            advance = self.progress("coding references", len(fits))
+            with self.clock("references"):
+                for layer, cuts in zip(fits, references, strict=True):
+                    layer.code_references(cuts)
+                    advance()
+        with self.clock("allocation"):
+            plans = plan_layers(fits, references, budget)
+        advance = self.progress("fitting codebooks", len(fits))
+        tensors, records = {}, {}
+        with self.clock("codebooks"):
+            for (layer_idx, layer), plan in zip(layers.items(), plans, strict=True):
+                new, records[layer_idx] = self._layer(layer_idx, layer, plan)
+                tensors |= new
+                advance()
+        config = {
+            "kind": KIND,
+            "model": describe_model(self.model),
+            "ratio": sum(plan.num_bytes for plan in plans) / dense,
+            "layers": [records.get(i) for i in range(max(records) + 1)],
+            "calibration": {
+                "settings": asdict(self.settings),
+                "windows": list(self.windows.shape),
+                "seconds": self.clock.seconds,
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+            },
+        }
+        compressor = KVCompressor(config, tensors)
+        # an error of every stored token of a window's context, each read by every prediction
+        tokens = self.windows.shape[1] - self.settings.predicted
+        compressor.report = Report.of(list(layers), fits, plans, dense, tokens)
+        return compressor
+
+    def _layer(self, layer_idx: int, layer: LayerFit, plan: LayerPlan) -> tuple[dict, dict]:
+        if plan.uses_references:
+            books = {"reference": layer.reference_book, "residual": layer.fit_residual(plan.cuts)}
+        else:
+            books = {"reference": layer.fit_own(plan.cuts), "residual": layer.no_codebook()}
+        tensors, starts = transform_tensors(layer_idx, *layer.stored_basis(), layer.prediction, books)
+        if self.settings.keep_statistics:
+            tensors |= layer.second_moments(f"layers.{layer_idx}")
+        stride = layer.stride if plan.uses_references else 1
+        return tensors, {"widths": list(self.statistics.widths[layer_idx]), "reference_stride": stride, **starts}
+
+    def measured(self, compressor: KVCompressor, held_out: torch.Tensor) -> KVCompressor:
+        """The compressor with what it does to predictions on held-out text."""
+        with self.clock("measuring"):
+            fidelity = measure(self.model, compressor, held_out, self.settings.predicted, self.progress)
+        compressor.report = replace(compressor.report, fidelity=fidelity)
+        compressor.config["measured"] = [compressor.report.measured_row()]
+        compressor.config["calibration"]["seconds"] = self.clock.seconds
+        return compressor
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Reads a layer's tokens, window by window."""
+
+    statistics: Statistics
+    layer_idx: int
+    device: torch.device
+
+    @property
+    def num_windows(self) -> int:
+        return self.statistics.num_windows
+
+    def __call__(self):
+        for number in range(self.num_windows):
+            yield self.statistics.workspace.read_window(number, self.layer_idx, self.device)
+
+
+@dataclass
+class _Clock:
+    """Seconds by stage."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: round(value, 1) for name, value in self.stages.items()}
+
+    def __call__(self, stage: str) -> _Timer:
+        return _Timer(self, stage)
+
+
+@dataclass
+class _Timer:
+    clock: _Clock
+    stage: str
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *exception) -> None:
+        stages = self.clock.stages
+        stages[self.stage] = stages.get(self.stage, 0.0) + time.perf_counter() - self.began
+
+
+def _check_goal(ratio: float | None, target_kl: float | None) -> float:
+    for name, value in (("ratio", ratio), ("target_kl", target_kl)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            raise InvalidOptionError(f"`{name}` must be a number above 0, got {value!r}.")
+    if ratio is not None and target_kl is not None:
+        raise InvalidOptionError(f"`target_kl` must be left out with `ratio`, got {target_kl} and {ratio}: give one.")
+    if ratio is not None and not 1.5 <= ratio <= 200:
+        raise InvalidOptionError(f"`ratio` must be from 1.5 to 200, got {ratio}.")
+    return 10.0 if ratio is None else float(ratio)
+
+
+def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_windows: int | None):
+    """Ids to calibrate on and ids held out."""
+    if isinstance(texts, torch.Tensor):
+        held = min(9, len(texts) // 5) if measured_windows is None else measured_windows
+        windows, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
+    else:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        windows, held_out = token_windows(
+            tokenizer,
+            texts,
+            num_tokens=settings.num_tokens * settings.window // (settings.window - settings.predicted),
+            window=settings.window,
+            seed=settings.seed,
+            num_held_out=measured_windows,
+        )
+    settings.check_enough(len(windows) * (windows.shape[1] - settings.predicted - settings.num_sink_tokens))
+    return windows, held_out
+
+
+def _check_ids(ids: torch.Tensor) -> torch.Tensor:
+    if ids.ndim != 2 or ids.dtype != torch.int64:
+        raise InvalidOptionError(f"`texts` must be int64 ids [windows, tokens], got {ids.dtype} {tuple(ids.shape)}.")
+    return ids

@@ -1,0 +1,81 @@
+"""Settings of a calibration, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ..config import check_integer, refuse_unknown
+from ..errors import InvalidOptionError
+
+# tokens without which 256 vectors a group cannot be fitted
+FEWEST_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a compressor is fitted.
+
+    Args:
+        num_tokens: tokens of text to store and learn from.
+        window: tokens of a window; its last quarter is predicted from the stored rest.
+        reference_stride: one token in so many is a reference where references pay; 1 leaves them out.
+        heads_per_group: heads of K and V that are coded jointly, so that a group fits one part of a model that is split
+            over devices; None codes all heads of a layer jointly, which is best.
+        sensitivity_windows: windows whose predictions are differentiated.
+        draws: answers drawn from each of these predictions.
+        num_sink_tokens: first tokens of a window, which a cache leaves as they are.
+        keep_statistics: store second moments of tokens and gradients in the folder.
+        seed: of every random choice.
+    """
+
+    num_tokens: int = 100_000
+    window: int = 4096
+    reference_stride: int = 8
+    heads_per_group: int | None = None
+    sensitivity_windows: int = 12
+    draws: int = 1
+    num_sink_tokens: int = 4
+    keep_statistics: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("num_tokens", self.num_tokens, low=FEWEST_TOKENS)
+        check_integer("window", self.window, low=64)
+        check_integer("reference_stride", self.reference_stride, low=1)
+        check_integer("sensitivity_windows", self.sensitivity_windows, low=1)
+        check_integer("draws", self.draws, low=1)
+        check_integer("num_sink_tokens", self.num_sink_tokens, low=0, high=self.window // 2)
+        check_integer("seed", self.seed, low=0)
+        if self.heads_per_group is not None:
+            check_integer("heads_per_group", self.heads_per_group, low=1)
+
+    @classmethod
+    def from_options(cls, options: dict) -> CalibrationSettings:
+        """Makes settings from keyword options, refusing unknown names with the nearest known one."""
+        refuse_unknown(options, [field.name for field in fields(cls)])
+        return cls(**options)
+
+    @property
+    def predicted(self) -> int:
+        """Last tokens of a window, which are predicted."""
+        return self.window // 4
+
+    def num_splits(self, config, key_width: int, value_width: int) -> int:
+        """Parts of a layer that are coded apart."""
+        if self.heads_per_group is None:
+            return 1
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        if heads % self.heads_per_group or key_width % heads or value_width % heads:
+            raise InvalidOptionError(
+                f"`heads_per_group` must divide the {heads} key-value heads of a layer, got {self.heads_per_group}."
+            )
+        return heads // self.heads_per_group
+
+    def check_enough(self, tokens: int) -> None:
+        """Raises if so many tokens are too few to fit 256 vectors to a group."""
+        if tokens < FEWEST_TOKENS:
+            raise InvalidOptionError(
+                f"`texts` must hold at least {FEWEST_TOKENS} tokens to store and learn from, got {tokens}: give more "
+                "text."
+            )

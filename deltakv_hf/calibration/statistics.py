@@ -1,0 +1,96 @@
+"""First passes of a calibration: the model reads the text; tokens and sensitivities are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CompressorError
+from .capture import Observer
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the model was seen to do.
+
+    Attributes:
+        workspace: tokens of all windows.
+        num_windows: how many.
+        widths: numbers of a token in K and in V, by layer.
+        sensitivity: by layer, `[splits, width / splits, width / splits]` float64, mean of squared gradients of a
+            token: KL of a prediction that reads N tokens with errors of covariance S is N / 2 * trace(sensitivity S).
+    """
+
+    workspace: Workspace
+    num_windows: int
+    widths: dict[int, tuple[int, int]]
+    sensitivity: dict[int, torch.Tensor]
+
+
+def collect(
+    observer: Observer,
+    windows: torch.Tensor,
+    workspace: Workspace,
+    *,
+    predicted: int,
+    sensitivity_windows: int,
+    draws: int,
+    num_sinks: int,
+    num_splits: Callable[[int, int], int],
+    seed: int,
+    advance: Callable[[], None],
+) -> Statistics:
+    """Reads `windows` `[n, tokens]` int64 and fills `workspace`; windows that it has already are not read again.
+
+    Args:
+        predicted: last tokens of a window, which are predicted rather than stored.
+        sensitivity_windows: first windows whose predictions are differentiated.
+        draws: answers drawn from each prediction.
+        num_sinks: first tokens, which a cache leaves as they are.
+        num_splits: function of the widths of K and V.
+        advance: called after each window.
+    """
+    device = observer.model.device
+    sums, count, done = workspace.read_sensitivity(device)
+    for number, ids in enumerate(windows):
+        wants_gradients = done <= number < sensitivity_windows
+        if not wants_gradients and workspace.has_window(number) and observer.widths:
+            advance()
+            continue
+        cache = observer.read(ids[:-predicted])
+        tokens = {layer_idx: cache.tokens[layer_idx][num_sinks:] for layer_idx in observer.forms}
+        _check_finite(tokens)
+        if wants_gradients:
+            generator = torch.Generator(device).manual_seed(seed * 100_003 + number)
+            for gradients in observer.gradients(cache, ids[-predicted:], draws, generator):
+                _check_finite(gradients)
+                for layer_idx, gradient in gradients.items():
+                    parts = split_columns(gradient[num_sinks:], *observer.widths[layer_idx], num_splits)
+                    square = (parts.transpose(1, 2) @ parts).double()
+                    sums[layer_idx] = sums[layer_idx] + square if layer_idx in sums else square
+                count += len(ids) - predicted - num_sinks
+            workspace.write_sensitivity(sums, count, number + 1)
+        workspace.write_window(number, tokens)
+        advance()
+    sensitivity = {layer_idx: total / count for layer_idx, total in sums.items()}
+    return Statistics(workspace, len(windows), observer.widths, sensitivity)
+
+
+def split_columns(tokens: torch.Tensor, key_width: int, value_width: int, num_splits) -> torch.Tensor:
+    """`[n, width]` -> `[splits, n, width / splits]`: the same share of the heads of K and of V in each split."""
+    splits = num_splits(key_width, value_width)
+    keys, values = tokens.split([key_width, value_width], dim=-1)
+    parts = [part.unflatten(-1, (splits, -1)).transpose(0, 1) for part in (keys, values)]
+    return torch.cat(parts, dim=-1)
+
+
+def _check_finite(tensors: dict[int, torch.Tensor]) -> None:
+    for layer_idx, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CompressorError(
+                f"`model` must give finite keys, values and gradients, got NaN or infinity in layer {layer_idx}. Load "
+                "it in another dtype (bfloat16 or float32 for models trained so), and look at the text."
+            )

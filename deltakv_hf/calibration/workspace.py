@@ -1,0 +1,93 @@
+"""What a calibration has seen so far, on disk: a run that was broken off goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import InvalidOptionError
+from ..files import replacing, write_atomically
+
+STATE = "calibration.json"
+
+
+class Workspace:
+    """Tokens of every window that was read (16 bits a number) and the sum of squared gradients.
+
+    Args:
+        path: a folder of its own; made if it is not there. What it holds of another calibration is removed.
+        key: what must be equal for the held to be used: settings, windows, model.
+    """
+
+    def __init__(self, path: str | os.PathLike, key: dict):
+        self.path = Path(path)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not self._state())):
+            raise InvalidOptionError(
+                f"`workspace` must be a new folder or one of an earlier calibration, got {str(path)!r}, which holds "
+                "something else. Choose another place."
+            )
+        if self._state() != digest:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            write_atomically(self.path / STATE, json.dumps({"key": digest}).encode())
+
+    def _state(self) -> str | None:
+        try:
+            return json.loads((self.path / STATE).read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _window(self, number: int) -> Path:
+        return self.path / f"window-{number:05d}.safetensors"
+
+    def has_window(self, number: int) -> bool:
+        """Whether window `number` was read."""
+        return _is_whole(self._window(number))
+
+    def write_window(self, number: int, tokens: dict[int, torch.Tensor]) -> None:
+        """Keeps `[tokens, width]` of every layer."""
+        # float16 holds all that float16 and most that bfloat16 models store; larger numbers are kept finite
+        most = torch.finfo(torch.float16).max
+        held = {str(layer_idx): x.clamp(-most, most).half().cpu().contiguous() for layer_idx, x in tokens.items()}
+        with replacing(self._window(number)) as temporary:
+            save_file(held, temporary)
+
+    def read_window(self, number: int, layer_idx: int, device: torch.device) -> torch.Tensor:
+        """`[tokens, width]` float32 of a layer."""
+        with safe_open(self._window(number), framework="pt") as file:
+            return file.get_tensor(str(layer_idx)).to(device).float()
+
+    def write_sensitivity(self, sums: dict[int, torch.Tensor], count: int, num_windows: int) -> None:
+        """Keeps sums of squared gradients `[splits, width, width]` of `count` tokens of the first `num_windows`."""
+        held = {str(layer_idx): x.float().cpu().contiguous() for layer_idx, x in sums.items()}
+        with replacing(self.path / "sensitivity.safetensors") as temporary:
+            save_file(held, temporary, {"count": str(count), "num_windows": str(num_windows)})
+
+    def read_sensitivity(self, device: torch.device) -> tuple[dict[int, torch.Tensor], int, int]:
+        """What was kept last: sums, tokens, windows; nothing and zeros before."""
+        path = self.path / "sensitivity.safetensors"
+        if not _is_whole(path):
+            return {}, 0, 0
+        with safe_open(path, framework="pt") as file:
+            sums = {int(name): file.get_tensor(name).to(device).double() for name in file.keys()}
+            return sums, int(file.metadata()["count"]), int(file.metadata()["num_windows"])
+
+    def remove(self) -> None:
+        """Deletes everything."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False

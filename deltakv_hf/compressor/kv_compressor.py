@@ -1,0 +1,187 @@
+"""`KVCompressor`: what was calibrated for one model, as it is saved, shared and given to a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import CompressorError
+from ..hub import push_folder, resolve_folder
+from .base_model import check_model
+from .card import model_card
+from .folder import read_folder, write_folder
+from .transform import Transform, TransformCompressor
+from .transform_tensors import read_transform
+
+KIND = "transform"
+
+
+class KVCompressor:
+    """A compressor of keys and values, made for one model.
+
+    `DeltaKVCache(model, compressor=compressor)` uses it. Make one with `KVCompressor.calibrate`, or take one that
+    somebody made with `KVCompressor.from_pretrained`.
+
+    Attributes:
+        config: what `config.json` of its folder says.
+        tensors: CPU tensors by name.
+        name: where it came from, for messages.
+        report: figures of a compressor that was calibrated in this process, else None.
+    """
+
+    report = None
+
+    def __init__(self, config: dict, tensors: dict[str, torch.Tensor], name: str = "a new compressor"):
+        self.config, self.tensors, self.name = config, tensors, name
+        if config.get("kind") != KIND or not isinstance(config.get("layers"), list):
+            raise CompressorError(
+                f'`config` must be of kind "{KIND}" and list its layers, got kind {config.get("kind")!r} in {name}: '
+                "use the version of deltakv-hf that wrote it."
+            )
+        self._transforms: list[Transform | None] = [
+            None if layer is None else read_transform(tensors, layer, layer_idx, name)
+            for layer_idx, layer in enumerate(config["layers"])
+        ]
+        self._placed: dict[tuple[int, torch.device], TransformCompressor] = {}
+
+    # -- making, saving, loading ----------------------------------------------------------------------------------
+
+    @classmethod
+    def calibrate(cls, model: PreTrainedModel, texts, **options) -> KVCompressor:
+        """Fits a compressor to `model` on `texts`; see `deltakv_hf.calibration.calibrate` for the options."""
+        from ..calibration import calibrate
+
+        return calibrate(model, texts, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> KVCompressor:
+        """Loads a compressor from a folder, from this package by its bare name, or from the Hub by `owner/name`.
+
+        Args:
+            See `deltakv_hf.hub.resolve_folder`.
+
+        Raises:
+            CompressorError: there is none, it cannot be downloaded, or it is damaged; the message says what to do.
+        """
+        folder = resolve_folder(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls(*read_folder(folder), name=str(id_or_path))
+
+    def save_pretrained(self, path: str | os.PathLike, extra: dict[str, bytes] | None = None) -> None:
+        """Writes the compressor's folder with a model card, whole or not at all.
+
+        Args:
+            path: a new folder, or one of a compressor, which is replaced.
+            extra: further files by name (pictures, a report).
+        """
+        files = {"README.md": model_card(self.config).encode()} | (extra or {})
+        write_folder(path, self.config, self.tensors, files)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        extra: dict[str, bytes] | None = None,
+    ) -> str:
+        """Uploads the compressor with its model card to the Hub in one commit and returns the commit's URL.
+
+        Args:
+            repo_id: "owner/name".
+            extra: further files by name.
+            See `deltakv_hf.hub.push_folder` for the others.
+        """
+        files = {"README.md": model_card(self.config, repo_id).encode()} | (extra or {})
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "compressor"
+            write_folder(folder, self.config, self.tensors, files)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    # -- what a cache asks ----------------------------------------------------------------------------------------
+
+    @property
+    def reference_stride(self) -> int:
+        """Largest stride of a layer: the one of the layers where references pay, 1 if there is none."""
+        return max((t.reference_stride for t in self._transforms if t is not None), default=1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides what a code means."""
+        digest = hashlib.sha256(json.dumps(self.config["layers"], sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the compressor's own tensors, shared by all caches that use it."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def bytes_per_token(self) -> float:
+        """Stored bytes of a compressed token, all layers together."""
+        return sum(TransformCompressor(t).bytes_per_token() for t in self._transforms if t is not None)
+
+    def check_model(self, model: PreTrainedModel | PretrainedConfig) -> None:
+        """Raises `CompressorError` for a model of another architecture; warns if it is another model of the same."""
+        check_model(self.config.get("model"), model)
+
+    def layer(self, layer_idx: int, key_width: int, value_width: int, device: torch.device) -> TransformCompressor:
+        """The compressor of one layer on `device`, made once.
+
+        Args:
+            key_width, value_width: numbers of a token in K and in V, `num_key_value_heads * head_dim` each.
+        """
+        transform = self._transforms[layer_idx] if layer_idx < len(self._transforms) else None
+        if transform is None or [key_width, value_width] != self.config["layers"][layer_idx]["widths"]:
+            made = "nothing" if transform is None else f"widths {self.config['layers'][layer_idx]['widths']}"
+            raise CompressorError(
+                f"`compressor` must fit keys and values of layer {layer_idx}, {key_width} and {value_width} numbers a "
+                f"token, but {self.name} has {made} for it. Take a compressor that was made for this model."
+            )
+        place = layer_idx, device
+        if place not in self._placed:
+            self._placed[place] = TransformCompressor(transform.to(device))
+        return self._placed[place]
+
+    def __deepcopy__(self, memo: dict) -> KVCompressor:
+        # nothing of it ever changes: copies of a cache share it
+        return self
+
+    def __repr__(self) -> str:
+        model = self.config.get("model", {}).get("id")
+        return f"KVCompressor({self.name!r} for {model}, {self.bytes_per_token():.0f} bytes a token)"

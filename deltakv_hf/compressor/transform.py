@@ -1,0 +1,213 @@
+"""The calibrated compressor: residuals in a basis fitted to the model, a byte for each group of components.
+
+A token is `x = [K; V]`, all heads joined, keys un-rotated; `z = (x - mean) F` are its components, in the order of
+what an error in them costs the model's predictions. Tokens on the lattice are references: their components are coded
+by themselves. Any other token is `z = prediction * z_reference + residual`, `z_reference` being its nearest reference
+as decoded. References and residuals share one basis, so a reader adds components and projects up once.
+
+A layer where references do not pay has stride 1: every token is coded by itself, and no residuals are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from .. import dispatch
+from ..hf_compat import upload
+from ..references import Lattice
+from .codebook import Codebook
+from .store import TokenStore
+
+# tokens coded at once: bounds the copies of a long prefill
+ENCODE_TILE = 2048
+
+
+@dataclass(frozen=True)
+class TransformStore(TokenStore):
+    """Coded tokens of one layer.
+
+    Attributes:
+        reference_codes: `[batch, num_references, bytes]` uint8.
+        residual_codes: `[batch, num_residuals, bytes]` uint8.
+        reference_idx: `[batch, num_residuals, 1]` int16 holding unsigned 16-bit numbers of the row's references.
+    """
+
+    reference_codes: torch.Tensor
+    residual_codes: torch.Tensor
+    reference_idx: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What calibration has found for one layer. Components are the leading ones: no later one is coded.
+
+    Attributes:
+        reference_stride: one token in so many is a reference; 1 if all tokens are coded by themselves.
+        mean: `[width]` float32.
+        encoder: `[width, components]` float32.
+        decoder: `[components, width]` float32.
+        prediction: `[components]` float32, the share of a reference's component that predicts a token's.
+        reference_codebook, residual_codebook: of components of references and of residuals.
+    """
+
+    reference_stride: int
+    mean: torch.Tensor
+    encoder: torch.Tensor
+    decoder: torch.Tensor
+    prediction: torch.Tensor
+    reference_codebook: Codebook
+    residual_codebook: Codebook
+
+    def to(self, device: torch.device) -> Transform:
+        """The same on `device`."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)[1:]})
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is held."""
+        own = [self.mean, self.encoder, self.decoder, self.prediction]
+        return own + self.reference_codebook.tensors() + self.residual_codebook.tensors()
+
+    def analyse(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Components of tokens: `[batch, n, width]` float32 -> `[batch, n, components]` float32."""
+        # in double precision: rounded to single, the sum does not depend on the order that a shape brings with it
+        # (MPS has none: there the same token may get another code in rare ties)
+        wide = torch.float32 if tokens.device.type == "mps" else torch.float64
+        return ((tokens - self.mean).to(wide) @ self.encoder.to(wide)).float()
+
+    def synthesise(self, components: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """Inverse of `analyse`, into 1-D float32 `scratch` if given."""
+        flat = components.flatten(0, -2)
+        shape = (*components.shape[:-1], self.mean.shape[0])
+        if scratch is None:
+            return torch.addmm(self.mean, flat, self.decoder).view(shape)
+        out = scratch[: flat.shape[0] * shape[-1]].view(-1, shape[-1])
+        return torch.addmm(self.mean, flat, self.decoder, out=out).view(shape)
+
+
+class TransformCompressor:
+    """Codes tokens of one layer with a `Transform` on the layer's device."""
+
+    def __init__(self, transform: Transform):
+        self.transform = transform
+        self.width = transform.mean.shape[0]
+        self.lattice = Lattice(transform.reference_stride)
+
+    def __deepcopy__(self, memo: dict) -> TransformCompressor:
+        # nothing here ever changes: copies of a cache share it
+        return self
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the compressor itself holds."""
+        return self.transform.tensors()
+
+    def bytes_per_token(self) -> float:
+        """Stored bytes of a compressed token, references shared out over the tokens of a stride."""
+        stride = self.lattice.stride
+        residual = self.transform.residual_codebook.num_bytes + 2
+        return (self.transform.reference_codebook.num_bytes + (stride - 1) * residual) / stride
+
+    def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> TransformStore:
+        """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
+        num_references = self.lattice.count(num_tokens)
+        num_residuals = num_tokens - num_references
+        sizes = self.transform.reference_codebook.num_bytes, self.transform.residual_codebook.num_bytes
+        return TransformStore(
+            torch.empty(batch_size, num_references, sizes[0], dtype=torch.uint8, device=device),
+            torch.empty(batch_size, num_residuals, sizes[1], dtype=torch.uint8, device=device),
+            torch.empty(batch_size, num_residuals, 1, dtype=torch.int16, device=device),
+        )
+
+    def append(self, store: TransformStore, rows: list[int] | None, start: int, stop: int, read) -> TransformStore:
+        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+
+        Args:
+            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
+            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+        """
+        transform, lattice = self.transform, self.lattice
+        num_references, num_residuals = lattice.count(start), start - lattice.count(start)
+        # a list as an index would make the host wait for the device
+        picked = slice(None) if rows is None else upload(torch.tensor(rows), store.reference_codes.device)
+        references = None
+        if lattice.stride > 1:
+            references = transform.reference_codebook.decode(store.reference_codes[picked, :num_references])
+        parts = []
+        for first in range(start, stop, ENCODE_TILE):
+            last = min(first + ENCODE_TILE, stop)
+            components = transform.analyse(read(first, last))
+            if references is None:
+                codes = transform.reference_codebook.encode(components)
+                parts.append(replace(self.empty(codes.shape[0], codes.device), reference_codes=codes))
+                continue
+            span = lattice.span(first, last, references.device)
+            codes = transform.reference_codebook.encode(components.index_select(1, span.reference_offsets))
+            references = torch.cat([references, transform.reference_codebook.decode(codes)], dim=1)
+            components = components.index_select(1, span.residual_offsets)
+            visible = span.num_visible.expand(components.shape[0], -1)
+            idx = dispatch.nearest_references(components, references, visible, 1).to(torch.int16)
+            # multiplied before it is subtracted: a fused operation would round differently
+            components -= dispatch.predict(references, idx).mul_(transform.prediction)
+            parts.append(TransformStore(codes, transform.residual_codebook.encode(components), idx))
+        return store.write(TransformStore.join(parts), rows, num_references, num_residuals)
+
+    def cut(self, store: TransformStore, count: int) -> TransformStore:
+        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
+        num_references = self.lattice.count(count)
+        return store.cut(num_references, count - num_references)
+
+    def references(self, store: TransformStore) -> torch.Tensor | None:
+        """Components of all references times `prediction`, `[batch, num_references, components]`; None at stride 1."""
+        if self.lattice.stride == 1:
+            return None
+        return self.transform.reference_codebook.decode(store.reference_codes).mul_(self.transform.prediction)
+
+    def decode(
+        self,
+        store: TransformStore,
+        references: torch.Tensor | None,
+        start: int,
+        stop: int,
+        scratch: torch.Tensor | None = None,
+    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Reads compressed tokens `start .. stop - 1` of every row, in pieces.
+
+        Args:
+            references: what `self.references(store)` gave.
+            scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
+
+        Yields:
+            tokens `[batch, ..., width]` float32, and a function that picks their places out of any tensor
+            `[batch, stop - start, ..]`, as a view `[batch, ..., ..]`.
+        """
+        transform, stride = self.transform, self.lattice.stride
+        out, work = (None, None) if scratch is None else scratch
+        first, last = self.lattice.count(start), self.lattice.count(stop)
+        reference_codes = store.reference_codes[:, first:last]
+        own = transform.synthesise(transform.reference_codebook.decode(reference_codes, work), out)
+        if stride == 1:
+            yield own, lambda x: x
+            return
+        residual_codes = store.residual_codes[:, start - first : stop - last]
+        idx = store.reference_idx[:, start - first : stop - last]
+        if self.lattice.is_regular(start, stop):
+            yield own, lambda x: x.unflatten(1, (-1, stride))[:, :, 0]
+            residual_codes, idx = (part.unflatten(1, (-1, stride - 1)) for part in (residual_codes, idx))
+            yield self._others(residual_codes, idx, references, out, work), self._behind_references
+            return
+        span = self.lattice.span(start, stop, residual_codes.device)
+        tokens = own.new_empty(own.shape[0], stop - start, self.width)
+        tokens[:, span.reference_offsets] = own
+        tokens[:, span.residual_offsets] = self._others(residual_codes, idx, references, out, work)
+        yield tokens, lambda x: x
+
+    def _behind_references(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (-1, self.lattice.stride))[:, :, 1:]
+
+    def _others(self, residual_codes, idx, references, out, work) -> torch.Tensor:
+        components = self.transform.residual_codebook.decode(residual_codes, work)
+        # `out` is free until the projection writes it
+        components += dispatch.predict(references, idx, out)
+        return self.transform.synthesise(components, out)

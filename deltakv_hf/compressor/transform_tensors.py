@@ -1,0 +1,148 @@
+"""A layer's `Transform` as tensors of a compressor folder, and back.
+
+Per layer: `mean` and `weights`, float32 `[width]`; `basis` float16 `[splits, width / splits, width / splits]`, whose rows
+are what components stand for in tokens less the mean and times the weights, so that encoding multiplies by its inverse; `prediction` float16 `[components]`; and
+for each run of a codebook `reference.N.table` and `reference.N.step` (and `residual.N...`). A split holds the same
+share of the heads of K and of V; with one split, all heads are coded jointly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..dispatch import grid_limit
+from ..errors import CompressorError
+from .codebook import Codebook
+from .transform import Transform
+
+
+def transform_tensors(
+    layer_idx: int,
+    mean: torch.Tensor,
+    weights: torch.Tensor,
+    basis: torch.Tensor,
+    prediction: torch.Tensor,
+    codebooks: dict[str, Codebook],
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors by name, and what `config.json` says of them."""
+    name = f"layers.{layer_idx}"
+    tensors = {
+        f"{name}.mean": mean.float(),
+        f"{name}.weights": weights.float(),
+        f"{name}.basis": basis.half(),
+        f"{name}.prediction": prediction.half(),
+    }
+    starts = {}
+    for part, book in codebooks.items():
+        starts[f"{part}_starts"] = book.starts
+        for number, (table, step) in enumerate(zip(book.tables(), book.steps, strict=True)):
+            narrow = torch.int8 if grid_limit(table.shape[2]) <= 127 else torch.int16
+            tensors[f"{name}.{part}.{number}.table"] = table.to(narrow)
+            tensors[f"{name}.{part}.{number}.step"] = step
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, starts
+
+
+def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: int, source: str) -> Transform:
+    """The transform of a layer.
+
+    Args:
+        record: the layer's entry in `config.json`: `widths` (of K and V), `reference_stride`, starts of runs.
+        source: where it comes from, for messages.
+
+    Raises:
+        CompressorError: a tensor is missing, or shapes, dtypes and the record do not fit together.
+    """
+    reader = _Reader(tensors, f"layers.{layer_idx}", source)
+    try:
+        key_width, value_width = record["widths"]
+        stride = int(record["reference_stride"])
+        starts = {part: [int(n) for n in record[f"{part}_starts"]] for part in ("reference", "residual")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise reader.wrong("widths, reference_stride and starts of runs", f"an entry without them ({error})") from error
+    width = key_width + value_width
+    mean, weights = (reader.take(name, torch.float32, (width,)) for name in ("mean", "weights"))
+    basis = reader.take("basis", torch.float16, (None, None, None))
+    splits = basis.shape[0]
+    if splits == 0 or key_width % splits or value_width % splits or basis.shape[1:] != (width // splits,) * 2:
+        raise reader.wrong(f"a basis that is square in its parts of {width} numbers", tuple(basis.shape))
+    if stride < 1 or (stride == 1 and starts["residual"]):
+        raise reader.wrong("a stride of at least 1, and residuals only beyond", f"{stride}")
+    prediction = reader.take("prediction", torch.float16, (width,)).float()
+    books = {part: _read_codebook(reader, part, starts[part], width) for part in starts}
+    used = max(book.end for book in books.values())
+    decoder = spread(basis.double(), key_width) / weights
+    # of each part apart: one inverse of all would be the same, but not to the last bit
+    encoder = spread(_inverse(basis.double()).transpose(1, 2), key_width).T * weights[:, None]
+    if not all(part.isfinite().all() for part in (mean, encoder, decoder, prediction)):
+        raise reader.wrong("finite numbers and a basis that can be inverted", "others")
+    books = {part: replace(book, num_components=used) for part, book in books.items()}
+    return Transform(
+        stride,
+        mean,
+        encoder[:, :used].float().contiguous(),
+        decoder[:used].float().contiguous(),
+        prediction[:used].contiguous(),
+        books["reference"],
+        books["residual"],
+    )
+
+
+def spread(parts: torch.Tensor, key_width: int) -> torch.Tensor:
+    """Rows of splits `[splits, rows, width / splits]` -> `[splits * rows, width]`, each in the columns of its heads."""
+    splits, rows, size = parts.shape
+    width, keys = splits * size, key_width // splits
+    out = parts.new_zeros(splits * rows, width)
+    for split, part in enumerate(parts):
+        own = slice(split * rows, (split + 1) * rows)
+        out[own, split * keys : (split + 1) * keys] = part[:, :keys]
+        values = size - keys
+        out[own, key_width + split * values : key_width + (split + 1) * values] = part[:, keys:]
+    return out
+
+
+def _read_codebook(reader, part: str, starts: list[int], width: int) -> Codebook:
+    vectors, steps = [], []
+    for number, start in enumerate(starts):
+        table = reader.take(f"{part}.{number}.table", (torch.int16, torch.int8), (None, 256, None))
+        groups, _, size = table.shape
+        step = reader.take(f"{part}.{number}.step", torch.float32, (groups,))
+        if start < 0 or start + groups * size > width or table.int().abs().max() > grid_limit(size):
+            raise reader.wrong(f"runs inside of {width} components", f"{groups} x {size} from {start}")
+        if not (step.isfinite() & (step > 0)).all():
+            raise reader.wrong("steps that are finite and above 0", "others")
+        vectors.append(table.float() * step[:, None, None])
+        steps.append(step)
+    places = sorted((start, start + run.shape[0] * run.shape[2]) for start, run in zip(starts, vectors, strict=True))
+    if any(stop > start for (_, stop), (start, _) in zip(places, places[1:], strict=False)):
+        raise reader.wrong("runs that do not overlap", places)
+    return Codebook(starts, vectors, steps, width)
+
+
+def _inverse(basis: torch.Tensor) -> torch.Tensor:
+    inverse, info = torch.linalg.inv_ex(basis)
+    # what cannot be inverted shows as NaN, which the reader refuses
+    return torch.where(info[:, None, None] == 0, inverse, torch.nan)
+
+
+class _Reader:
+    """Takes tensors of one layer by name and checks what they must be."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], name: str, source: str):
+        self.tensors, self.name, self.source = tensors, name, source
+
+    def wrong(self, rule: str, got: object) -> CompressorError:
+        return CompressorError(
+            f"`{self.name}` of {self.source} must have {rule}, got {got}. Its files were changed, or do not belong "
+            "together: download it again or make it again."
+        )
+
+    def take(self, name: str, dtypes, shape: tuple[int | None, ...]) -> torch.Tensor:
+        tensor = self.tensors.get(f"{self.name}.{name}")
+        dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+        fits = tensor is not None and tensor.dtype in dtypes and tensor.ndim == len(shape)
+        if not fits or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
+            found = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise self.wrong(f"`{name}` of {dtypes[0]} {shape}", found)
+        return tensor

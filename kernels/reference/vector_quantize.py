@@ -1,0 +1,92 @@
+"""Vector quantisation with one byte a group of components, searched in exact integers: the specification.
+
+A run is a stretch of consecutive components cut into groups of `size`; each group has a codebook of 256 vectors and
+takes one byte of a token. Codebooks are integers on a grid of their own. A token is rounded to the same grid before
+the search, so every distance is an integer below 2**24: exact in float32 (and with TF32 inputs) in any order, on any
+device, for any tiling. Among equally near vectors the first wins.
+"""
+
+import math
+
+import torch
+
+# tokens searched at once; a distance is kept for each of 256 vectors of every group
+TOKEN_TILE = 512
+
+
+def grid_limit(size: int) -> int:
+    """Largest integer of a codebook of vectors of `size` numbers: |c|^2 + 2|x c| stays below 2**24."""
+    # beyond 3 numbers the cells are far wider than a 127th of the range, and a byte is enough to hold them
+    return 127 if size > 3 else min(2047, math.isqrt(2**24 // (3 * size)) - 1)
+
+
+def vector_quantize(
+    x: torch.Tensor, starts: list[int], codebooks: list[torch.Tensor], steps: list[torch.Tensor]
+) -> torch.Tensor:
+    """Finds the nearest vector of each group.
+
+    Args:
+        x: `[batch, tokens, components]` float32.
+        starts: first component of each run.
+        codebooks: of each run, `[groups, 256, size]` float32 holding integers up to `grid_limit(size)`.
+        steps: of each run, `[groups]` float32, the width of the grid.
+
+    Returns:
+        `[batch, tokens, bytes]` uint8, one byte a group, runs one after the other.
+    """
+    codes = x.new_empty(*x.shape[:2], sum(len(step) for step in steps), dtype=torch.uint8)
+    place = 0
+    # autocast would round the integers to 16 bits
+    with torch.autocast(x.device.type, enabled=False):
+        for start, codebook, step in zip(starts, codebooks, steps, strict=True):
+            groups, _, size = codebook.shape
+            square = codebook.square().sum(-1).unsqueeze(1)
+            vectors = codebook.transpose(1, 2)
+            for first in range(0, x.shape[1], TOKEN_TILE):
+                tile = x[:, first : first + TOKEN_TILE, start : start + groups * size]
+                on_grid = _to_grid(tile.unflatten(-1, (groups, size)), step, grid_limit(size))
+                flat = on_grid.flatten(0, 1).transpose(0, 1)
+                # |x - c|^2 without |x|^2, which is the same for every vector
+                distance = torch.baddbmm(square, flat, vectors, alpha=-2)
+                found = distance.argmin(-1).transpose(0, 1).unflatten(0, tile.shape[:2])
+                codes[:, first : first + TOKEN_TILE, place : place + groups] = found
+            place += groups
+    return codes
+
+
+def vector_dequantize(
+    codes: torch.Tensor,
+    starts: list[int],
+    vectors: list[torch.Tensor],
+    num_components: int,
+    scratch: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Inverse of `vector_quantize`; components outside of every run are zero.
+
+    Args:
+        codes: `[batch, ..., bytes]` uint8.
+        starts: first component of each run.
+        vectors: of each run, `[groups, 256, size]` float32: codebooks times their steps.
+        num_components: components of the result.
+        scratch: 1-D float32 to hold the result.
+
+    Returns:
+        `[batch, ..., num_components]` float32.
+    """
+    shape = (*codes.shape[:-1], num_components)
+    out = codes.new_empty(shape, dtype=torch.float32) if scratch is None else scratch[: math.prod(shape)].view(shape)
+    place, covered = 0, 0
+    for start, run in sorted(zip(starts, vectors, strict=True), key=lambda pair: pair[0]):
+        groups, _, size = run.shape
+        out[..., covered:start] = 0
+        rows = torch.arange(0, 256 * groups, 256, device=codes.device, dtype=torch.int32)
+        idx = codes[..., place : place + groups].to(torch.int32).add_(rows)
+        picked = run.view(-1, size).index_select(0, idx.flatten())
+        covered, place = start + groups * size, place + groups
+        out[..., start:covered] = picked.view(*shape[:-1], groups * size)
+    out[..., covered:] = 0
+    return out
+
+
+def _to_grid(x: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Tensor:
+    return (x / step.unsqueeze(-1)).round_().clamp_(-limit, limit)
