@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -71,7 +72,8 @@ class Packages:
 
 def run(command: list[str], wanted: str, folder: Path | None = None) -> str:
     """What a command prints; a failure is a CorpusError with the last error it wrote."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
+    env = os.environ | {"LC_ALL": "C.UTF-8"}  # reasons are read below
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode == 0:
         return done.stdout
     reason = (done.stderr.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"])[-1]
