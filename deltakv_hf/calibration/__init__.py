@@ -1,0 +1,1 @@
+"""Compressors made for a model from texts of the user."""
