@@ -2,6 +2,7 @@
 
 from .attach import detach
 from .cache import DeltaKVCache
+from .compressor.kv_compressor import KVCompressor
 from .config import DeltaKVConfig
 from .default_cache import set_default_cache
 from .errors import (
@@ -25,6 +26,7 @@ __all__ = [
     "DeltaKVConfig",
     "DeltaKVError",
     "InvalidOptionError",
+    "KVCompressor",
     "MemoryReport",
     "NotPicklableError",
     "UnsupportedModelError",

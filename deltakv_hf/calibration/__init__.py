@@ -1,1 +1,6 @@
-"""Compressors made for a model from texts of the user."""
+"""Compressors fitted to a model: what it reads, what errors would cost, and the codebooks that follow from it."""
+
+from .driver import calibrate
+from .settings import CalibrationSettings
+
+__all__ = ["CalibrationSettings", "calibrate"]

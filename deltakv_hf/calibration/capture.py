@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..cache import DeltaKVCache
@@ -26,10 +27,14 @@ class CaptureCache(DynamicCache):
         self.forms = forms
         self.tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tokens: dict[int, torch.Tensor] = {}
+        self.query_energy: dict[int, torch.Tensor] = {}
+        self.key_heads: dict[int, int] = {}
         self.is_capturing = True
+        self.active = -1
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
         """Called by the hook on attention modules with their RoPE tables."""
+        self.active = module.layer_idx
         form = self.forms.get(module.layer_idx)
         if self.is_capturing and form is not None:
             self.tables[module.layer_idx] = tuple(form.angles(table).float() for table in tables)
@@ -46,7 +51,36 @@ class CaptureCache(DynamicCache):
                 self.forms[layer_idx].invert(keys, cos, sin)
             values = value_states[0].float().transpose(0, 1)
             self.tokens[layer_idx] = torch.cat([keys.flatten(1), values.flatten(1)], dim=-1)
+            self.key_heads[layer_idx] = key_states.shape[1]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _Queries(TorchFunctionMode):
+    """Notes how large the queries are that the keys of each layer are multiplied with, as attention is computed."""
+
+    def __init__(self, cache: CaptureCache):
+        self.cache = cache
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention and self.cache.active in self.cache.forms:
+            self._note(args[0], args[1], (kwargs or {}).get("scale"))
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, queries: torch.Tensor, keys: torch.Tensor, scale: float | None) -> None:
+        """Mean square of what a number of a key is multiplied with, `[key heads * head_dim]`, turned with its pair."""
+        scale = scale or queries.shape[-1] ** -0.5
+        squares = (queries[0].float() * scale).square().mean(1)
+        form = self.cache.forms[self.cache.active]
+        if form is not None:
+            pairs = self.cache.tables[self.cache.active][0].shape[-1]
+            first, second = form._pairs(squares, pairs)
+            mean = (first + second) / 2
+            first.copy_(mean)
+            second.copy_(mean)
+        heads = self.cache.key_heads
+        self.cache.query_energy[self.cache.active] = (
+            squares.unflatten(0, (heads[self.cache.active], -1)).mean(1).flatten()
+        )
 
 
 class Observer:
@@ -71,7 +105,7 @@ class Observer:
     def read(self, ids: torch.Tensor) -> CaptureCache:
         """Reads `ids` `[n]` in one call."""
         cache = CaptureCache(self.config, self.forms)
-        with _evaluating(self.model):
+        with _evaluating(self.model), _Queries(cache):
             self.model(
                 input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True, logits_to_keep=1
             )

@@ -102,3 +102,55 @@ def list_compressors(
         from .list import run_list
 
         run_list(as_json)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
+    text: Annotated[list[Path], typer.Option(help="Text files, UTF-8; a line with a form feed separates documents.")],
+    out: Annotated[Path, typer.Option(help="The compressor's folder.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Bytes of a 16-bit cache over compressed ones. Default: 10.")
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Instead: largest KL to the full cache, nats a token.")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 100_000,
+    window: Annotated[int, typer.Option(help="Tokens of a window; the last quarter is predicted.")] = 4096,
+    reference_stride: Annotated[int, typer.Option(help="One token in so many is a reference; 1: none is.")] = 8,
+    heads_per_group: Annotated[int | None, typer.Option(help="Heads coded jointly. Default: all of a layer.")] = None,
+    sensitivity_windows: Annotated[int, typer.Option(help="Windows whose predictions are differentiated.")] = 12,
+    draws: Annotated[int, typer.Option(help="Answers drawn from each of these predictions.")] = 1,
+    measured_windows: Annotated[int | None, typer.Option(help="Windows held out for the report; 0: none.")] = None,
+    keep_statistics: Annotated[bool, typer.Option(help="Store second moments in the folder.")] = False,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    text_license: Annotated[
+        list[str] | None, typer.Option(help="FILE=LICENCE of a text, for the model card; may be repeated.")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Of the compressor, for the model card.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Fits a compressor to a model: minutes on a GPU, a quarter of an hour for a small model on a CPU.
+
+    A run that is broken off goes on where it stopped when the same command is run again.
+    """
+    with readable_errors():
+        from .calibrate import CalibrateSettings, run_calibrate
+
+        options = {
+            "ratio": ratio,
+            "target_kl": target_kl,
+            "num_tokens": num_tokens,
+            "window": window,
+            "reference_stride": reference_stride,
+            "heads_per_group": heads_per_group,
+            "sensitivity_windows": sensitivity_windows,
+            "draws": draws,
+            "measured_windows": measured_windows,
+            "keep_statistics": keep_statistics,
+            "seed": seed,
+        }
+        places = device, dtype, threads
+        run_calibrate(CalibrateSettings(model, text, out, options, text_license or [], license_, *places))

@@ -1,9 +1,10 @@
 """A layer's `Transform` as tensors of a compressor folder, and back.
 
-Per layer: `mean` and `weights`, float32 `[width]`; `basis` float16 `[splits, width / splits, width / splits]`, whose rows
-are what components stand for in tokens less the mean and times the weights, so that encoding multiplies by its inverse; `prediction` float16 `[components]`; and
-for each run of a codebook `reference.N.table` and `reference.N.step` (and `residual.N...`). A split holds the same
-share of the heads of K and of V; with one split, all heads are coded jointly.
+Per layer: `mean` and `weights`, float32 `[width]`; `basis`, float16 `[splits, width / splits, width / splits]`, whose
+rows are what components stand for in tokens less the mean and times the weights, so that encoding multiplies by its
+inverse; `prediction`, float16 `[components]`; and for each run of a codebook `reference.N.table` and `reference.N.step`
+(and `residual.N...`). A split holds the same share of the heads of K and of V; with one split, all heads are coded
+jointly.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: in
     """
     reader = _Reader(tensors, f"layers.{layer_idx}", source)
     try:
-        key_width, value_width = record["widths"]
+        key_width, value_width = (int(n) for n in record["widths"])
         stride = int(record["reference_stride"])
         starts = {part: [int(n) for n in record[f"{part}_starts"]] for part in ("reference", "residual")}
     except (KeyError, TypeError, ValueError) as error:

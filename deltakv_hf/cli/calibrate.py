@@ -1,0 +1,165 @@
+"""`deltakv calibrate`: fits a compressor to a model and writes its folder with a report and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from ..calibration.driver import calibrate
+from ..calibration.report import Report
+from ..calibration.texts import read_documents
+from ..compressor.folder import is_compressor
+from ..compressor.kv_compressor import KVCompressor
+from ..errors import InvalidOptionError
+from ..evaluation.model import load_demo_model, load_model
+from .console import console, progress_bar, size
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """What the command line says; `options` go to `calibrate`."""
+
+    model: str
+    text: list[Path]
+    out: Path
+    options: dict
+    licenses: list[str]
+    license: str | None
+    device: str | None
+    dtype: str | None
+    threads: int | None
+
+
+def run_calibrate(settings: CalibrateSettings) -> None:
+    """Runs the command; what was read stays beside `out` until the folder is written."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    _check_out(settings.out)
+    texts = read_documents(settings.text)
+    load = load_demo_model if settings.model == "demo" else lambda *place: load_model(settings.model, *place)
+    model, tokenizer = load(settings.dtype, settings.device)
+    workspace = settings.out.with_name(f".{settings.out.name}.calibration")
+    with progress_bar() as bar:
+        compressor = calibrate(
+            model,
+            texts,
+            tokenizer=tokenizer,
+            workspace=workspace,
+            progress=_stages(bar),
+            **settings.options,
+        )
+    calibration = compressor.config["calibration"]
+    calibration["command"] = shlex.join(["deltakv", *sys.argv[1:]])
+    calibration["text"] = [_source(name, settings.licenses) for name in texts]
+    if settings.license:
+        compressor.config["license"] = settings.license
+    report = compressor.report
+    files = {"report.json": json.dumps(report.as_dict(), indent=2).encode(), **charts(report)}
+    compressor.save_pretrained(settings.out, files)
+    _remove(workspace)
+    _print(compressor, settings.out)
+
+
+def _check_out(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_compressor(out)):
+        raise InvalidOptionError(f"`--out` must be a new folder or a compressor folder to replace, got {str(out)!r}.")
+
+
+def _stages(bar) -> Callable[[str, int], Callable[[], None]]:
+    def stage(name: str, steps: int) -> Callable[[], None]:
+        task = bar.add_task(name, total=steps)
+        return lambda: bar.advance(task)
+
+    return stage
+
+
+def _source(name: str, licenses: list[str]) -> dict:
+    """A text file and its licence, as `--text-license NAME=LICENCE` says."""
+    known = dict(entry.split("=", 1) for entry in licenses if "=" in entry)
+    return {"source": name, "license": known.get(name, known.get(Path(name).stem, "not stated"))}
+
+
+def _remove(workspace: Path) -> None:
+    from shutil import rmtree
+
+    rmtree(workspace, ignore_errors=True)
+
+
+def _print(compressor: KVCompressor, out: Path) -> None:
+    report, seconds = compressor.report, compressor.config["calibration"]["seconds"]
+    table = Table(title=f"compressor in {out}", show_header=False)
+    rows = [
+        (
+            "compressed tokens",
+            f"{report.share:.2%} of a 16-bit cache, {compressor.bytes_per_token():.0f} bytes a token",
+        ),
+        ("layers with references", f"{sum(layer.uses_references for layer in report.layers)} of {len(report.layers)}"),
+        ("the compressor itself", size(compressor.nbytes)),
+        ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())),
+    ]
+    for row in compressor.config.get("measured", []):
+        rows += [("KL to the full cache", row["kl"]), ("top-1", row["top1"]), ("ΔNLL", row["delta_nll"])]
+        rows.append(("measured on", row["text"]))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def charts(report: Report) -> dict[str, bytes]:
+    """Pictures by file name: bytes of each layer, and the curve of rate and distortion."""
+    return {"layers.png": _layer_chart(report), "rate-distortion.png": _curve_chart(report)}
+
+
+def _layer_chart(report: Report) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [layer.layer_idx for layer in report.layers]
+    colors = ["#2f7ed8" if layer.uses_references else "#9fb3c8" for layer in report.layers]
+    axes.bar(numbers, [layer.num_bytes for layer in report.layers], color=colors, width=0.8)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("bytes of a compressed token")
+    dense = report.dense_bytes / len(report.layers)
+    axes.set_title(
+        f"{report.share:.1%} of a 16-bit cache ({dense:.0f} bytes a token and layer); layers with references in blue",
+        loc="left",
+        fontsize=10,
+    )
+    return _png(figure, axes)
+
+
+def _curve_chart(report: Report) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    shares, losses = zip(*((100 * share, kl) for share, kl in report.curve), strict=True)
+    axes.plot(shares, losses, color="#2f7ed8", marker="o", markersize=4, label="predicted, no references")
+    predicted = sum(layer.predicted_kl for layer in report.layers)
+    axes.plot([100 * report.share], [predicted], color="#102a43", marker="s", linestyle="", label="predicted, this one")
+    if report.fidelity is not None:
+        kl, error = report.fidelity.mean("kl"), report.fidelity.standard_error("kl")
+        axes.errorbar([100 * report.share], [kl], [error], color="#ba2525", marker="D", linestyle="", label="measured")
+    axes.set_yscale("log")
+    axes.set_xlabel("compressed tokens, % of a 16-bit cache")
+    axes.set_ylabel("KL to the full cache, nats")
+    axes.legend(frameon=False)
+    return _png(figure, axes)
+
+
+def _png(figure, axes) -> bytes:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e7eb")
+    axes.set_axisbelow(True)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png", metadata={"Software": None})
+    return content.getvalue()

@@ -1,0 +1,59 @@
+"""Compressors with random numbers for any tiny model: right in form, made in no time."""
+
+import torch
+from transformers import PreTrainedModel
+
+from deltakv_hf import KVCompressor
+from deltakv_hf.calibration.capture import Observer
+from deltakv_hf.calibration.vectors import to_grid
+from deltakv_hf.compressor.base_model import describe_model
+from deltakv_hf.compressor.codebook import Codebook
+from deltakv_hf.compressor.transform_tensors import transform_tensors
+
+# options of a cache that compresses nearly everything of a short text
+TIGHT_WINDOW = dict(recent_window=8, block_size=4, num_sink_tokens=2)
+
+
+def random_codebook(width: int, sizes: list[int], scale: float, generator: torch.Generator) -> Codebook:
+    """Codebooks of groups of `sizes` components, one after the other as far as `width` goes."""
+    starts, vectors, steps, place = [], [], [], 0
+    for size in sizes:
+        if place + size > width:
+            break
+        run, step = to_grid(torch.randn(1, 256, size, generator=generator) * scale)
+        starts.append(place)
+        vectors.append(run)
+        steps.append(step)
+        place += size
+    return Codebook(starts, vectors, steps, width)
+
+
+def random_transform(
+    key_width: int, value_width: int, stride: int = 4, splits: int = 1, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors of layer 0 and its record."""
+    generator = torch.Generator().manual_seed(seed)
+    width = key_width + value_width
+    size = width // splits
+    basis = torch.stack([torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for _ in range(splits)])
+    sizes = [1, 1, 2, 2, 4, 5] + [6] * width
+    books = {
+        "reference": random_codebook(width, sizes, 2.0, generator),
+        "residual": random_codebook(width, sizes[2:] if stride > 1 else [], 1.0, generator),
+    }
+    mean = torch.randn(width, generator=generator) * 0.1
+    weights = torch.rand(width, generator=generator) + 0.5
+    prediction = torch.rand(width, generator=generator)
+    tensors, starts = transform_tensors(0, mean, weights, basis, prediction, books)
+    return tensors, {"widths": [key_width, value_width], "reference_stride": stride, **starts}
+
+
+def random_compressor(model: PreTrainedModel, stride: int = 4, splits: int = 1) -> KVCompressor:
+    """A compressor for `model`: of two layers the second has no references."""
+    observer = Observer(model)
+    observer.read(torch.arange(1, 6) % model.config.get_text_config().vocab_size)
+    tensors, records = {}, [None] * (max(observer.widths) + 1)
+    for place, (layer_idx, widths) in enumerate(observer.widths.items()):
+        made, records[layer_idx] = random_transform(*widths, 1 if place % 2 else stride, splits, layer_idx)
+        tensors |= {name.replace("layers.0.", f"layers.{layer_idx}."): tensor for name, tensor in made.items()}
+    return KVCompressor({"kind": "transform", "model": describe_model(model), "layers": records}, tensors)
