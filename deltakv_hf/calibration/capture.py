@@ -45,7 +45,8 @@ class CaptureCache(DynamicCache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Stores new tokens as the host does and keeps what a compressor would be given."""
         if self.is_capturing and layer_idx in self.forms:
-            keys = key_states[0].float().transpose(0, 1).contiguous()
+            # a copy: un-rotation works in place, and the model's own attention is yet to come
+            keys = key_states[0].transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             if self.forms[layer_idx] is not None:
                 cos, sin = (table[0].unsqueeze(1) for table in self.tables[layer_idx])
                 self.forms[layer_idx].invert(keys, cos, sin)

@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KIND, KVCompressor
 from ..compressor.transform_tensors import transform_tensors
 from ..errors import InvalidOptionError
+from ..hf_compat import host_version
 from .capture import Observer
 from .layer_fit import LayerFit
 from .plan import LayerPlan, plan_layers, plan_references
@@ -190,7 +190,7 @@ class _Run:
                 "settings": asdict(self.settings),
                 "windows": list(self.windows.shape),
                 "seconds": self.clock.seconds,
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                "versions": {"torch": torch.__version__, "transformers": host_version()},
                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
             },
