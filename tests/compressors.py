@@ -1,9 +1,11 @@
 """Compressors with random numbers for any tiny model: right in form, made in no time."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from transformers import PreTrainedModel
 
-from deltakv_hf import KVCompressor
+from deltakv_hf import DeltaKVCache, KVCompressor
 from deltakv_hf.calibration.capture import Observer
 from deltakv_hf.calibration.vectors import to_grid
 from deltakv_hf.compressor.base_model import describe_model
@@ -29,17 +31,17 @@ def random_codebook(width: int, sizes: list[int], scale: float, generator: torch
 
 
 def random_transform(
-    key_width: int, value_width: int, stride: int = 4, splits: int = 1, seed: int = 0
+    key_width: int, value_width: int, stride: int = 4, splits: int = 1, seed: int = 0, scale: float = 1.0
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors of layer 0 and its record."""
+    """Tensors of layer 0 and its record, for components of about `scale`."""
     generator = torch.Generator().manual_seed(seed)
     width = key_width + value_width
     size = width // splits
     basis = torch.stack([torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for _ in range(splits)])
-    sizes = [1, 1, 2, 2, 4, 5] + [6] * width
+    sizes = [1] * (width // 2) + [2] * (width // 8) + [3] * width
     books = {
-        "reference": random_codebook(width, sizes, 2.0, generator),
-        "residual": random_codebook(width, sizes[2:] if stride > 1 else [], 1.0, generator),
+        "reference": random_codebook(width, sizes, 1.5 * scale, generator),
+        "residual": random_codebook(width, sizes[2:] if stride > 1 else [], 1.5 * scale, generator),
     }
     mean = torch.randn(width, generator=generator) * 0.1
     weights = torch.rand(width, generator=generator) + 0.5
@@ -51,9 +53,23 @@ def random_transform(
 def random_compressor(model: PreTrainedModel, stride: int = 4, splits: int = 1) -> KVCompressor:
     """A compressor for `model`: of two layers the second has no references."""
     observer = Observer(model)
-    observer.read(torch.arange(1, 6) % model.config.get_text_config().vocab_size)
+    seen = observer.read(torch.arange(1, 12) % model.config.get_text_config().vocab_size).tokens
     tensors, records = {}, [None] * (max(observer.widths) + 1)
     for place, (layer_idx, widths) in enumerate(observer.widths.items()):
-        made, records[layer_idx] = random_transform(*widths, 1 if place % 2 else stride, splits, layer_idx)
+        made, records[layer_idx] = random_transform(
+            *widths, 1 if place % 2 else stride, splits, layer_idx, scale=seen[layer_idx].std().item()
+        )
         tensors |= {name.replace("layers.0.", f"layers.{layer_idx}."): tensor for name, tensor in made.items()}
     return KVCompressor({"kind": "transform", "model": describe_model(model), "layers": records}, tensors)
+
+
+_MADE: WeakKeyDictionary[PreTrainedModel, KVCompressor] = WeakKeyDictionary()
+
+
+def compressor_of(model: PreTrainedModel) -> KVCompressor | None:
+    """The random compressor of a model, made once; None if all its layers are the host's."""
+    if not DeltaKVCache(model).own_layers:
+        return None
+    if model not in _MADE:
+        _MADE[model] = random_compressor(model)
+    return _MADE[model]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from hypothesis import strategies as st
@@ -14,12 +14,20 @@ from transformers import DynamicCache
 
 from deltakv_hf import DeltaKVCache
 from deltakv_hf import layer as layer_module
+from deltakv_hf.config import FREE
 from deltakv_hf.layer import DeltaKVLayer
 
 # compresses nearly everything of a short text
 TIGHT = dict(recent_window=8, block_size=4, num_sink_tokens=2, reference_stride=4)
 LOSSLESS = dict(recent_window=4096)
 NUM_LAYERS = 2
+
+
+def options_of(cache: DeltaKVCache) -> dict:
+    """What makes another cache like `cache` for its model."""
+    if cache.compressor is None:
+        return asdict(cache.options)
+    return {"compressor": cache.compressor} | {name: getattr(cache.options, name) for name in FREE}
 
 
 # -- given keys and values ---------------------------------------------------------------------------------------------

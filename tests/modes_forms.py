@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from case import Case, Tensors, said
 from families import host_cache, text
-from helpers import prompt
+from helpers import options_of, prompt
 from transformers import Cache
 
 
@@ -52,7 +51,7 @@ def saved(case: Case) -> Tensors:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.safetensors"
             cache.save(path)
-            return type(cache).load(path, case.model)
+            return type(cache).load(path, case.model, compressor=cache.compressor)
 
     return continued(case, by_file)
 
@@ -77,7 +76,7 @@ def compressed_later(case: Case) -> Tensors:
     dynamic, inputs = host_cache(case.model), case.inputs()
     case.model(**inputs, past_key_values=dynamic)
     kept = case.cache()
-    cache = type(kept).from_dynamic(dynamic, case.model, **asdict(kept.options))
+    cache = type(kept).from_dynamic(dynamic, case.model, **options_of(kept))
     case.caches[:] = [cache]
     return (following(case, cache),)
 
