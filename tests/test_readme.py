@@ -4,12 +4,13 @@ import copy
 import re
 from pathlib import Path
 
+import torch
 from families import FAMILIES
 from helpers import TIGHT, prompt
-from models import tiny_model
+from models import VOCAB_SIZE, tiny_model
 from modes import MODES
 
-from deltakv_hf import DeltaKVCache
+from deltakv_hf import DeltaKVCache, KVCompressor
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -32,3 +33,13 @@ def test_use_it_like_any_cache(tmp_path, monkeypatch, capsys):
 
 def test_the_size_of_the_matrix():
     assert f"{len(FAMILIES)} model families in {len(MODES)} modes" in README
+
+
+def test_a_tenth_of_the_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    texts = torch.randint(0, VOCAB_SIZE, (8, 400), generator=torch.Generator().manual_seed(0))
+    names = {"model": model, "texts": texts, "DeltaKVCache": DeltaKVCache, "KVCompressor": KVCompressor}
+    exec(block("A tenth of the memory"), names)
+    model(prompt(1, 200), past_key_values=names["cache"])
+    assert names["cache"].memory_report().compressed_share < 0.06  # of float32
