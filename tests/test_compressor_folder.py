@@ -72,7 +72,7 @@ shapes = st.lists(st.integers(0, 5), max_size=3)
     st.binary(max_size=20),
 )
 def test_a_folder_comes_back_as_it_was(tmp_path_factory, config, kinds, readme):
-    path = tmp_path_factory.getbasetemp() / "property"
+    path = tmp_path_factory.getbasetemp() / "folder-property"
     tensors = {name: (torch.rand(shape) * 100).to(dtype) for name, (shape, dtype) in kinds.items()}
     write_folder(path, config, tensors, {"README.md": readme})
     found, read = read_folder(path)

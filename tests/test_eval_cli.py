@@ -33,7 +33,7 @@ def test_fidelity_measures_texts_and_says_how(folder, tmp_path, chunk):
     assert result.exit_code == 0, result.output
     assert "nbits=8" in result.output and "recent_window=8" in result.output and "± " in result.output
     found = json.loads(out.read_text())
-    assert found["command"].startswith("deltakv ") and found["environment"]["dtype"] == "float32"
+    assert found["command"].startswith("deltakv") and found["environment"]["dtype"] == "float32"
     assert (found["context"], found["predict"], found["prefill_chunk"]) == (300, 20, chunk)
     rows = found["results"]
     assert [row["options"] for row in rows] == [TIGHT, {"nbits": 8}]

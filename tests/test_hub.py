@@ -31,7 +31,8 @@ class Worker:
 
     def __init__(self, url, home):
         path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        # TRANSFORMERS_OFFLINE counts for the Hub, too
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         env |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_VERBOSITY": "error"}
         command = [sys.executable, str(ROOT / "tests" / "hub_worker.py")]

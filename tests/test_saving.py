@@ -119,7 +119,7 @@ def test_a_loaded_cache_is_the_saved_one_and_goes_on_alike(tmp_path_factory, pro
     tokens, length, chunks, flush, options = problem
     cache = driven(tokens.columns(slice(0, length)), chunks, flush=flush, **options)
     states = [layer.state for layer in cache.layers]
-    loaded = again(cache, tmp_path_factory.getbasetemp() / "property")
+    loaded = again(cache, tmp_path_factory.getbasetemp() / "saving-property")
     assert all(layer.state is state for layer, state in zip(cache.layers, states, strict=True))
     assert_same_cache(cache, loaded)
     for past, chunk in ((length, 1), (length + 1, 11), (length + 12, 3)):
