@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KIND, KVCompressor
 from ..compressor.transform_tensors import transform_tensors
+from ..config import check_integer
 from ..errors import InvalidOptionError
 from ..hf_compat import host_version
-from .capture import Observer
+from ..saving.fingerprint import describe_weights
+from .capture import Observer, evaluating
 from .layer_fit import LayerFit
 from .plan import LayerPlan, plan_layers, plan_references
 from .report import Report, measure
@@ -48,16 +50,18 @@ def calibrate(
     """Fits a compressor to `model` on `texts`.
 
     Args:
-        model: of any dtype, best the one that it will run in; on the device where calibration shall run.
+        model: of any dtype, best the one that it will run in; on the device where calibration shall run. It is left as
+            it is but for the hooks that a cache puts on it; nothing is drawn from the global random generators.
         texts: documents, several sources as a dict by name (see `token_windows`), or ids `[n, window]` int64.
         ratio: bytes of a 16-bit cache over those of compressed tokens, codes, references and their numbers included
             (10 if neither this nor `target_kl` is given).
         target_kl: instead, the largest KL to the full cache, nats a token, on text that is held out; the ratio that
             reaches it is searched.
         tokenizer: of the model; None loads it from where the model came from.
-        workspace: a folder for what was read so far (2 bytes a number of K and V); a run that was broken off goes on
-            from it, and it is kept. None takes a temporary one.
-        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source.
+        workspace: a folder of its own for what was read so far (2 bytes a number of K and V); a run that was broken
+            off goes on from it, and it is kept. None takes a temporary one.
+        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source, or a fifth
+            of given ids, 9 at most.
         progress: told of stages and steps.
         **settings: fields of `CalibrationSettings`.
 
@@ -72,17 +76,25 @@ def calibrate(
     """
     settings = CalibrationSettings.from_options(settings)
     ratio = _check_goal(ratio, target_kl)
+    if measured_windows is not None:
+        check_integer("measured_windows", measured_windows, low=0)
+    if any(part.is_inference() for part in (*model.parameters(), *model.buffers())):
+        raise InvalidOptionError(
+            "`model` must be differentiable, got one that was loaded under `torch.inference_mode()`, which rules that "
+            "out for ever. Load it outside; calibration itself may be called inside."
+        )
     if isinstance(texts, torch.Tensor):
-        settings = replace(settings, window=_check_ids(texts).shape[1])
-    windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
+        settings = replace(settings, window=_check_ids(model, texts).shape[1])
+    with torch.inference_mode(False):
+        windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
     if target_kl is not None and not len(held_out):
         raise InvalidOptionError(
             "`measured_windows` must not be 0 with `target_kl`, which is searched on held-out text."
         )
     clock = _Clock()
     place = nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with place as folder:
-        run = _Run(model, settings, windows, os.path.join(folder, "seen"), clock, progress)
+    with place as folder, evaluating(model):
+        run = _Run(model, settings, windows, Workspace(folder, _key(model, settings, windows)), clock, progress)
         if target_kl is None:
             compressor = run.compressor(ratio)
             if len(held_out):
@@ -120,12 +132,13 @@ def _search(run: _Run, held_out: torch.Tensor, target_kl: float) -> KVCompressor
 class _Run:
     """One calibration: what was read is used for every ratio."""
 
-    def __init__(self, model, settings: CalibrationSettings, windows: torch.Tensor, folder: str, clock, progress):
+    def __init__(
+        self, model, settings: CalibrationSettings, windows: torch.Tensor, workspace: Workspace, clock, progress
+    ):
         self.model, self.settings, self.windows = model, settings, windows
         self.clock, self.progress = clock, progress
         self.device = model.device
-        key = {"settings": asdict(settings), "model": describe_model(model), "ids": windows.flatten().tolist()}
-        self.statistics = self._collect(Workspace(folder, key | {"dtype": str(model.dtype)}))
+        self.statistics = self._collect(workspace)
         self.layers = self._fit_layers()
 
     def _collect(self, workspace: Workspace) -> Statistics:
@@ -266,6 +279,16 @@ class _Timer:
         stages[self.stage] = stages.get(self.stage, 0.0) + time.perf_counter() - self.began
 
 
+def _key(model, settings: CalibrationSettings, windows: torch.Tensor) -> dict:
+    """What decides what is read: a fine-tune of the same name and shape is another model."""
+    return {
+        "settings": asdict(settings),
+        "model": describe_model(model),
+        "weights": describe_weights(model),
+        "ids": windows.flatten().tolist(),
+    }
+
+
 def _check_goal(ratio: float | None, target_kl: float | None) -> float:
     for name, value in (("ratio", ratio), ("target_kl", target_kl)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
@@ -281,8 +304,11 @@ def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_wi
     """Ids to calibrate on and ids held out."""
     if isinstance(texts, torch.Tensor):
         held = min(9, len(texts) // 5) if measured_windows is None else measured_windows
-        windows, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
+        # a copy: ids that were made in inference mode cannot be used outside
+        windows, held_out = texts.clone().tensor_split([max(len(texts) - held, 0)])
     else:
+        if tokenizer is None and not model.config.name_or_path:
+            raise InvalidOptionError("`tokenizer` must be given for a model that was not loaded, got None.")
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
         windows, held_out = token_windows(
@@ -297,7 +323,12 @@ def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_wi
     return windows, held_out
 
 
-def _check_ids(ids: torch.Tensor) -> torch.Tensor:
+def _check_ids(model, ids: torch.Tensor) -> torch.Tensor:
     if ids.ndim != 2 or ids.dtype != torch.int64:
         raise InvalidOptionError(f"`texts` must be int64 ids [windows, tokens], got {ids.dtype} {tuple(ids.shape)}.")
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and not (0 <= ids.min() and ids.max() < known):
+        raise InvalidOptionError(
+            f"`texts` must be ids from 0 to {known - 1}, which the model knows, got {ids.min()} to {ids.max()}."
+        )
     return ids
