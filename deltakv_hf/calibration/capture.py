@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import DeltaKVCache
-from ..errors import UnsupportedModelError
+from ..errors import CompressorError, UnsupportedModelError
 from ..hf_compat import DynamicCache
 from ..rope import RopeForm
 
@@ -99,6 +99,11 @@ class Observer:
         with torch.enable_grad():
             logits = self.model(input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True).logits
             likelihoods = torch.log_softmax(logits[0].float(), dim=-1)
+        if likelihoods.isnan().any():
+            raise CompressorError(
+                "`model` must give finite predictions, got NaN. Load it in another dtype (bfloat16 or float32 for "
+                "models trained so), and look at the text."
+            )
         # never yields with gradients enabled: whoever stops half way would be left with them
         for draw in range(draws):
             answers = torch.multinomial(likelihoods.detach().exp(), 1, generator=generator)

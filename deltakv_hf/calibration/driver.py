@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..attach import unwrap
 from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KIND, KVCompressor
 from ..compressor.transform_tensors import transform_tensors
@@ -75,10 +76,10 @@ def calibrate(
         UnsupportedModelError: the model's attention cannot be served.
     """
     settings = CalibrationSettings.from_options(settings)
-    ratio = _check_goal(ratio, target_kl)
+    ratio = check_goal(ratio, target_kl)
     if measured_windows is not None:
         check_integer("measured_windows", measured_windows, low=0)
-    if any(part.is_inference() for part in (*model.parameters(), *model.buffers())):
+    if any(part.is_inference() for part in (*unwrap(model).parameters(), *model.buffers())):
         raise InvalidOptionError(
             "`model` must be differentiable, got one that was loaded under `torch.inference_mode()`, which rules that "
             "out for ever. Load it outside; calibration itself may be called inside."
@@ -289,10 +290,13 @@ def _key(model, settings: CalibrationSettings, windows: torch.Tensor) -> dict:
     }
 
 
-def _check_goal(ratio: float | None, target_kl: float | None) -> float:
+def check_goal(ratio: float | None, target_kl: float | None) -> float:
+    """Raises unless at most one is given and it is in its range; gives the ratio to begin with."""
     for name, value in (("ratio", ratio), ("target_kl", target_kl)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise InvalidOptionError(f"`{name}` must be a number above 0, got {value!r}.")
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+        ):
+            raise InvalidOptionError(f"`{name}` must be a finite number above 0, got {value!r}.")
     if ratio is not None and target_kl is not None:
         raise InvalidOptionError(f"`target_kl` must be left out with `ratio`, got {target_kl} and {ratio}: give one.")
     if ratio is not None and not 1.5 <= ratio <= 200:

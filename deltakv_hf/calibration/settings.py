@@ -48,6 +48,8 @@ class CalibrationSettings:
         check_integer("seed", self.seed, low=0)
         if self.heads_per_group is not None:
             check_integer("heads_per_group", self.heads_per_group, low=1)
+        if not isinstance(self.keep_statistics, bool):
+            raise InvalidOptionError(f"`keep_statistics` must be True or False, got {self.keep_statistics!r}.")
 
     @classmethod
     def from_options(cls, options: dict) -> CalibrationSettings:

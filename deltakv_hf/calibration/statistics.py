@@ -53,6 +53,9 @@ def collect(
         num_splits: function of the widths of K and V.
         advance: called after each window.
     """
+    for widths in observer.widths.values():
+        # says at once if they cannot be split so
+        num_splits(*widths)
     device = observer.model.device
     sums, count, done = workspace.read_sensitivity(device)
     for number, ids in enumerate(windows):

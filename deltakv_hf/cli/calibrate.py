@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ..calibration.driver import calibrate
+from ..calibration.driver import calibrate, check_goal
 from ..calibration.report import Report
 from ..calibration.texts import read_documents
 from ..compressor.folder import is_compressor
@@ -43,6 +43,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     """Runs the command; what was read stays beside `out` until the folder is written."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    check_goal(settings.options["ratio"], settings.options["target_kl"])
     _check_out(settings.out)
     texts = read_documents(settings.text)
     licenses = _licenses(settings.licenses, list(texts))
