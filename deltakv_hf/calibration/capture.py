@@ -98,7 +98,7 @@ class Observer:
         scale = LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
         with torch.enable_grad():
             logits = self.model(input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True).logits
-            likelihoods = torch.log_softmax(logits[0].float(), dim=-1)
+            likelihoods = torch.log_softmax(logits[0].to(self.model.device).float(), dim=-1)
         if likelihoods.isnan().any():
             raise CompressorError(
                 "`model` must give finite predictions, got NaN. Load it in another dtype (bfloat16 or float32 for "
@@ -122,7 +122,8 @@ class Observer:
             # the transpose of a rotation turns the other way and keeps the factor of the tables
             self.forms[layer_idx].apply(keys, cos, -sin, rotated)
             keys = rotated
-        return torch.cat([keys.flatten(1), values.flatten(1)], dim=-1)
+        # layers may be on several devices
+        return torch.cat([keys.flatten(1), values.flatten(1)], dim=-1).to(self.model.device)
 
 
 @contextmanager

@@ -32,8 +32,9 @@ from .workspace import Workspace
 
 # told that a stage of so many steps begins; gives what is called after each step
 Progress = Callable[[str, int], Callable[[], None]]
-# ratios tried for a KL
+# ratios tried for a KL, unless all are too large
 TRIES = 4
+LEAST_RATIO, MOST_RATIO = 1.5, 200
 
 
 def calibrate(
@@ -109,25 +110,32 @@ def _search(run: _Run, held_out: torch.Tensor, target_kl: float) -> KVCompressor
     """The smallest compressor tried that is within `target_kl`; KL is close to a power of the bytes."""
     tried: dict[float, tuple[float, KVCompressor]] = {}
     ratio = 10.0
-    for _ in range(TRIES):
+    while True:
         compressor = run.measured(run.compressor(ratio), held_out)
         tried[ratio] = compressor.report.fidelity.mean("kl"), compressor
-        points = sorted((math.log(r), math.log(max(kl, 1e-9))) for r, (kl, _) in tried.items())
-        slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]) if len(points) > 1 else 2.0
-        nearest = min(points, key=lambda point: abs(point[1] - math.log(target_kl)))
-        # aims a little lower, so that the try counts
-        wanted = nearest[0] + (math.log(0.97 * target_kl) - nearest[1]) / max(slope, 0.5)
-        ratio = min(max(math.exp(wanted), 1.5), 60.0)
-        if any(abs(ratio / known - 1) < 0.01 for known in tried):
-            break
-    within = [r for r, (kl, _) in tried.items() if kl <= target_kl]
-    if not within:
-        best = min(tried, key=lambda r: tried[r][0])
-        raise InvalidOptionError(
-            f"`target_kl` must be reachable, got {target_kl}: the lowest KL found is {tried[best][0]:.2g}, at ratio "
-            f"{best:.3g}. Ask for more."
-        )
-    return tried[max(within)][1]
+        within = [r for r, (kl, _) in tried.items() if kl <= target_kl]
+        ratio = _next_ratio({r: kl for r, (kl, _) in tried.items()}, target_kl)
+        if len(tried) < TRIES and all(abs(ratio / known - 1) >= 0.01 for known in tried):
+            continue
+        if within:
+            return tried[max(within)][1]
+        lowest = min(tried)
+        if lowest <= LEAST_RATIO:
+            raise InvalidOptionError(
+                f"`target_kl` must be reachable, got {target_kl}: the KL at ratio {lowest} is {tried[lowest][0]:.2g}."
+            )
+        # steps that small models take at once mislead the search
+        ratio = max(lowest / 1.3, LEAST_RATIO)
+
+
+def _next_ratio(tried: dict[float, float], target_kl: float) -> float:
+    """Where `target_kl` is expected by KL at the ratios tried."""
+    points = sorted((math.log(r), math.log(max(kl, 1e-9))) for r, kl in tried.items())
+    slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]) if len(points) > 1 else 2.0
+    nearest = min(points, key=lambda point: abs(point[1] - math.log(target_kl)))
+    # aims a little lower, so that the try counts
+    wanted = nearest[0] + (math.log(0.97 * target_kl) - nearest[1]) / max(slope, 0.5)
+    return min(max(math.exp(min(wanted, 5.0)), LEAST_RATIO), 60.0)
 
 
 class _Run:
@@ -299,8 +307,8 @@ def check_goal(ratio: float | None, target_kl: float | None) -> float:
             raise InvalidOptionError(f"`{name}` must be a finite number above 0, got {value!r}.")
     if ratio is not None and target_kl is not None:
         raise InvalidOptionError(f"`target_kl` must be left out with `ratio`, got {target_kl} and {ratio}: give one.")
-    if ratio is not None and not 1.5 <= ratio <= 200:
-        raise InvalidOptionError(f"`ratio` must be from 1.5 to 200, got {ratio}.")
+    if ratio is not None and not LEAST_RATIO <= ratio <= MOST_RATIO:
+        raise InvalidOptionError(f"`ratio` must be from {LEAST_RATIO} to {MOST_RATIO}, got {ratio}.")
     return 10.0 if ratio is None else float(ratio)
 
 
