@@ -65,6 +65,7 @@ SHAPES = {
 def quick(monkeypatch):
     """Fewer samples and iterations: the same way in a second."""
     for module, name, value in [
+        (allocation, "SIZES", (1, 2, 3, 4, 6, 8, 12, 16, 32)),
         (allocation, "SAMPLES", 300),
         (allocation, "PLACES", 3),
         (allocation, "ITERATIONS", 2),
@@ -250,6 +251,15 @@ def test_it_works_whatever_the_gradient_mode(mode):
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in made.tensors.values())
 
 
+def test_autocast_and_wrappers_change_nothing():
+    """Autocast used to round what is fitted."""
+    model = tiny_model("llama")
+    plain = calibrate(model, ids(), ratio=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(calibrate(model, ids(), ratio=4), plain)
+    assert same(calibrate(torch.nn.Sequential(model), ids(), ratio=4), plain)
+
+
 def test_a_model_in_training_mode_is_read_in_evaluation_mode():
     """Its modes, gradients and flags are as before."""
     config = tiny_model("llama").config.__class__(**tiny_model("llama").config.to_dict() | {"attention_dropout": 0.5})
@@ -272,7 +282,7 @@ def test_a_model_in_training_mode_is_read_in_evaluation_mode():
     assert len(grads) == 1 and torch.equal(grads[0], torch.ones(32))
 
 
-def test_a_failed_run_leaves_the_model_in_its_mode(tmp_path):
+def test_a_failed_run_leaves_the_model_in_its_mode():
     model = new_model("llama").train()
     with torch.enable_grad(), pytest.raises(Stop):
         try:

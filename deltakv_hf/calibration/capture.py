@@ -127,14 +127,14 @@ class Observer:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in evaluation mode, and each that was not back; gradients are off, in inference mode too."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Puts every module in evaluation mode, and each that was not back; without gradients, inference mode, autocast."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        # what is computed in inference mode can never be differentiated
-        with torch.inference_mode(False), torch.no_grad():
+        # what is computed in inference mode can never be differentiated, and autocast would round what is fitted
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         for module in training:

@@ -76,11 +76,12 @@ def calibrate(
         CompressorError: the model gives numbers that are not finite.
         UnsupportedModelError: the model's attention cannot be served.
     """
+    model = unwrap(model)
     settings = CalibrationSettings.from_options(settings)
     ratio = check_goal(ratio, target_kl)
     if measured_windows is not None:
         check_integer("measured_windows", measured_windows, low=0)
-    if any(part.is_inference() for part in (*unwrap(model).parameters(), *model.buffers())):
+    if any(part.is_inference() for part in (*model.parameters(), *model.buffers())):
         raise InvalidOptionError(
             "`model` must be differentiable, got one that was loaded under `torch.inference_mode()`, which rules that "
             "out for ever. Load it outside; calibration itself may be called inside."

@@ -20,7 +20,8 @@ class CalibrationSettings:
         window: tokens of a window; its last quarter is predicted from the stored rest.
         reference_stride: one token in so many is a reference where references pay; 1 leaves them out.
         heads_per_group: heads of K and V that are coded jointly, so that a group fits one part of a model that is split
-            over devices; None codes all heads of a layer jointly, which is best.
+            over devices; None codes all heads of a layer jointly, which is best. A token's nearest reference is that of
+            all heads: groups are wholly independent with `reference_stride=1` alone.
         sensitivity_windows: windows whose predictions are differentiated.
         draws: answers drawn from each of these predictions.
         num_sink_tokens: first tokens of a window, which a cache leaves as they are.
