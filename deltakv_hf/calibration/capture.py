@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..cache import DeltaKVCache
-from ..errors import UnsupportedModelError
+from ..errors import CompressorError, UnsupportedModelError
 from ..hf_compat import DynamicCache
 from ..rope import RopeForm
 
@@ -27,14 +26,10 @@ class CaptureCache(DynamicCache):
         self.forms = forms
         self.tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tokens: dict[int, torch.Tensor] = {}
-        self.query_energy: dict[int, torch.Tensor] = {}
-        self.key_heads: dict[int, int] = {}
         self.is_capturing = True
-        self.active = -1
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
         """Called by the hook on attention modules with their RoPE tables."""
-        self.active = module.layer_idx
         form = self.forms.get(module.layer_idx)
         if self.is_capturing and form is not None:
             self.tables[module.layer_idx] = tuple(form.angles(table).float() for table in tables)
@@ -52,40 +47,11 @@ class CaptureCache(DynamicCache):
                 self.forms[layer_idx].invert(keys, cos, sin)
             values = value_states[0].float().transpose(0, 1)
             self.tokens[layer_idx] = torch.cat([keys.flatten(1), values.flatten(1)], dim=-1)
-            self.key_heads[layer_idx] = key_states.shape[1]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-class _Queries(TorchFunctionMode):
-    """Notes how large the queries are that the keys of each layer are multiplied with, as attention is computed."""
-
-    def __init__(self, cache: CaptureCache):
-        self.cache = cache
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention and self.cache.active in self.cache.forms:
-            self._note(args[0], args[1], (kwargs or {}).get("scale"))
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, queries: torch.Tensor, keys: torch.Tensor, scale: float | None) -> None:
-        """Mean square of what a number of a key is multiplied with, `[key heads * head_dim]`, turned with its pair."""
-        scale = scale or queries.shape[-1] ** -0.5
-        squares = (queries[0].float() * scale).square().mean(1)
-        form = self.cache.forms[self.cache.active]
-        if form is not None:
-            pairs = self.cache.tables[self.cache.active][0].shape[-1]
-            first, second = form._pairs(squares, pairs)
-            mean = (first + second) / 2
-            first.copy_(mean)
-            second.copy_(mean)
-        heads = self.cache.key_heads
-        self.cache.query_energy[self.cache.active] = (
-            squares.unflatten(0, (heads[self.cache.active], -1)).mean(1).flatten()
-        )
-
-
 class Observer:
-    """Runs windows of text through a model.
+    """Runs windows of text through a model, which must be in evaluation mode (see `evaluating`).
 
     Attributes:
         forms: how keys are rotated, by number of each layer that a compressor serves.
@@ -100,20 +66,16 @@ class Observer:
             raise UnsupportedModelError(
                 f"`model` must have layers with full attention to calibrate, {type(model).__name__} has none."
             )
-        self.widths: dict[int, tuple[int, int]] = {}
+        seen = self.read(torch.zeros(2, dtype=torch.int64)).layers
+        parts = {layer_idx: (seen[layer_idx].keys, seen[layer_idx].values) for layer_idx in self.forms}
+        self.widths = {i: tuple(part.shape[1] * part.shape[3] for part in pair) for i, pair in parts.items()}
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> CaptureCache:
         """Reads `ids` `[n]` in one call."""
         cache = CaptureCache(self.config, self.forms)
-        with _evaluating(self.model), _Queries(cache):
-            self.model(
-                input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+        self.model(input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.is_capturing = False
-        for layer_idx in self.forms:
-            layer = cache.layers[layer_idx]
-            self.widths[layer_idx] = tuple(part.shape[1] * part.shape[3] for part in (layer.keys, layer.values))
         return cache
 
     def gradients(
@@ -134,15 +96,22 @@ class Observer:
             layer.keys, layer.values = (part.detach().requires_grad_(True) for part in (layer.keys, layer.values))
             leaves += [layer.keys, layer.values]
         scale = LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
-        with torch.enable_grad(), _evaluating(self.model):
+        with torch.enable_grad():
             logits = self.model(input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True).logits
-            likelihoods = torch.log_softmax(logits[0].float(), dim=-1)
-            for draw in range(draws):
-                answers = torch.multinomial(likelihoods.detach().exp(), 1, generator=generator)
+            likelihoods = torch.log_softmax(logits[0].to(self.model.device).float(), dim=-1)
+        if likelihoods.isnan().any():
+            raise CompressorError(
+                "`model` must give finite predictions, got NaN. Load it in another dtype (bfloat16 or float32 for "
+                "models trained so), and look at the text."
+            )
+        # never yields with gradients enabled: whoever stops half way would be left with them
+        for draw in range(draws):
+            answers = torch.multinomial(likelihoods.detach().exp(), 1, generator=generator)
+            with torch.enable_grad():
                 loss = likelihoods.gather(1, answers).sum() * (scale / len(ids) ** 0.5)
-                found = torch.autograd.grad(loss, leaves, retain_graph=draw < draws - 1)
-                pairs = zip(self.forms, found[::2], found[1::2], strict=True)
-                yield {i: self._unrotate(cache, i, keys[0] / scale, values[0] / scale) for i, keys, values in pairs}
+            found = torch.autograd.grad(loss, leaves, retain_graph=draw < draws - 1)
+            pairs = zip(self.forms, found[::2], found[1::2], strict=True)
+            yield {i: self._unrotate(cache, i, keys[0] / scale, values[0] / scale) for i, keys, values in pairs}
 
     def _unrotate(self, cache: CaptureCache, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Gradients `[heads, tokens, head_dim]` with respect to rotated keys -> to un-rotated `[K; V]`."""
@@ -153,16 +122,20 @@ class Observer:
             # the transpose of a rotation turns the other way and keeps the factor of the tables
             self.forms[layer_idx].apply(keys, cos, -sin, rotated)
             keys = rotated
-        return torch.cat([keys.flatten(1), values.flatten(1)], dim=-1)
+        # layers may be on several devices
+        return torch.cat([keys.flatten(1), values.flatten(1)], dim=-1).to(self.model.device)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Puts every module in evaluation mode, and each that was not back; without gradients, inference mode, autocast."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        yield
+        # what is computed in inference mode can never be differentiated, and autocast would round what is fitted
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..attach import unwrap
 from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KIND, KVCompressor
 from ..compressor.transform_tensors import transform_tensors
+from ..config import check_integer
 from ..errors import InvalidOptionError
 from ..hf_compat import host_version
-from .capture import Observer
+from ..saving.fingerprint import describe_weights
+from .capture import Observer, evaluating
 from .layer_fit import LayerFit
 from .plan import LayerPlan, plan_layers, plan_references
 from .report import Report, measure
@@ -29,8 +32,9 @@ from .workspace import Workspace
 
 # told that a stage of so many steps begins; gives what is called after each step
 Progress = Callable[[str, int], Callable[[], None]]
-# ratios tried for a KL
+# ratios tried for a KL, unless all are too large
 TRIES = 4
+LEAST_RATIO, MOST_RATIO = 1.5, 200
 
 
 def calibrate(
@@ -48,16 +52,18 @@ def calibrate(
     """Fits a compressor to `model` on `texts`.
 
     Args:
-        model: of any dtype, best the one that it will run in; on the device where calibration shall run.
+        model: of any dtype, best the one that it will run in; on the device where calibration shall run. It is left as
+            it is but for the hooks that a cache puts on it; nothing is drawn from the global random generators.
         texts: documents, several sources as a dict by name (see `token_windows`), or ids `[n, window]` int64.
         ratio: bytes of a 16-bit cache over those of compressed tokens, codes, references and their numbers included
             (10 if neither this nor `target_kl` is given).
         target_kl: instead, the largest KL to the full cache, nats a token, on text that is held out; the ratio that
             reaches it is searched.
         tokenizer: of the model; None loads it from where the model came from.
-        workspace: a folder for what was read so far (2 bytes a number of K and V); a run that was broken off goes on
-            from it, and it is kept. None takes a temporary one.
-        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source.
+        workspace: a folder of its own for what was read so far (2 bytes a number of K and V); a run that was broken
+            off goes on from it, and it is kept. None takes a temporary one.
+        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source, or a fifth
+            of given ids, 9 at most.
         progress: told of stages and steps.
         **settings: fields of `CalibrationSettings`.
 
@@ -70,19 +76,28 @@ def calibrate(
         CompressorError: the model gives numbers that are not finite.
         UnsupportedModelError: the model's attention cannot be served.
     """
+    model = unwrap(model)
     settings = CalibrationSettings.from_options(settings)
-    ratio = _check_goal(ratio, target_kl)
+    ratio = check_goal(ratio, target_kl)
+    if measured_windows is not None:
+        check_integer("measured_windows", measured_windows, low=0)
+    if any(part.is_inference() for part in (*model.parameters(), *model.buffers())):
+        raise InvalidOptionError(
+            "`model` must be differentiable, got one that was loaded under `torch.inference_mode()`, which rules that "
+            "out for ever. Load it outside; calibration itself may be called inside."
+        )
     if isinstance(texts, torch.Tensor):
-        settings = replace(settings, window=_check_ids(texts).shape[1])
-    windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
+        settings = replace(settings, window=_check_ids(model, texts).shape[1])
+    with torch.inference_mode(False):
+        windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
     if target_kl is not None and not len(held_out):
         raise InvalidOptionError(
             "`measured_windows` must not be 0 with `target_kl`, which is searched on held-out text."
         )
     clock = _Clock()
     place = nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with place as folder:
-        run = _Run(model, settings, windows, os.path.join(folder, "seen"), clock, progress)
+    with place as folder, evaluating(model):
+        run = _Run(model, settings, windows, Workspace(folder, _key(model, settings, windows)), clock, progress)
         if target_kl is None:
             compressor = run.compressor(ratio)
             if len(held_out):
@@ -96,36 +111,44 @@ def _search(run: _Run, held_out: torch.Tensor, target_kl: float) -> KVCompressor
     """The smallest compressor tried that is within `target_kl`; KL is close to a power of the bytes."""
     tried: dict[float, tuple[float, KVCompressor]] = {}
     ratio = 10.0
-    for _ in range(TRIES):
+    while True:
         compressor = run.measured(run.compressor(ratio), held_out)
         tried[ratio] = compressor.report.fidelity.mean("kl"), compressor
-        points = sorted((math.log(r), math.log(max(kl, 1e-9))) for r, (kl, _) in tried.items())
-        slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]) if len(points) > 1 else 2.0
-        nearest = min(points, key=lambda point: abs(point[1] - math.log(target_kl)))
-        # aims a little lower, so that the try counts
-        wanted = nearest[0] + (math.log(0.97 * target_kl) - nearest[1]) / max(slope, 0.5)
-        ratio = min(max(math.exp(wanted), 1.5), 60.0)
-        if any(abs(ratio / known - 1) < 0.01 for known in tried):
-            break
-    within = [r for r, (kl, _) in tried.items() if kl <= target_kl]
-    if not within:
-        best = min(tried, key=lambda r: tried[r][0])
-        raise InvalidOptionError(
-            f"`target_kl` must be reachable, got {target_kl}: the lowest KL found is {tried[best][0]:.2g}, at ratio "
-            f"{best:.3g}. Ask for more."
-        )
-    return tried[max(within)][1]
+        within = [r for r, (kl, _) in tried.items() if kl <= target_kl]
+        ratio = _next_ratio({r: kl for r, (kl, _) in tried.items()}, target_kl)
+        if len(tried) < TRIES and all(abs(ratio / known - 1) >= 0.01 for known in tried):
+            continue
+        if within:
+            return tried[max(within)][1]
+        lowest = min(tried)
+        if lowest <= LEAST_RATIO:
+            raise InvalidOptionError(
+                f"`target_kl` must be reachable, got {target_kl}: the KL at ratio {lowest} is {tried[lowest][0]:.2g}."
+            )
+        # steps that small models take at once mislead the search
+        ratio = max(lowest / 1.3, LEAST_RATIO)
+
+
+def _next_ratio(tried: dict[float, float], target_kl: float) -> float:
+    """Where `target_kl` is expected by KL at the ratios tried."""
+    points = sorted((math.log(r), math.log(max(kl, 1e-9))) for r, kl in tried.items())
+    slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]) if len(points) > 1 else 2.0
+    nearest = min(points, key=lambda point: abs(point[1] - math.log(target_kl)))
+    # aims a little lower, so that the try counts
+    wanted = nearest[0] + (math.log(0.97 * target_kl) - nearest[1]) / max(slope, 0.5)
+    return min(max(math.exp(min(wanted, 5.0)), LEAST_RATIO), 60.0)
 
 
 class _Run:
     """One calibration: what was read is used for every ratio."""
 
-    def __init__(self, model, settings: CalibrationSettings, windows: torch.Tensor, folder: str, clock, progress):
+    def __init__(
+        self, model, settings: CalibrationSettings, windows: torch.Tensor, workspace: Workspace, clock, progress
+    ):
         self.model, self.settings, self.windows = model, settings, windows
         self.clock, self.progress = clock, progress
         self.device = model.device
-        key = {"settings": asdict(settings), "model": describe_model(model), "ids": windows.flatten().tolist()}
-        self.statistics = self._collect(Workspace(folder, key | {"dtype": str(model.dtype)}))
+        self.statistics = self._collect(workspace)
         self.layers = self._fit_layers()
 
     def _collect(self, workspace: Workspace) -> Statistics:
@@ -266,14 +289,27 @@ class _Timer:
         stages[self.stage] = stages.get(self.stage, 0.0) + time.perf_counter() - self.began
 
 
-def _check_goal(ratio: float | None, target_kl: float | None) -> float:
+def _key(model, settings: CalibrationSettings, windows: torch.Tensor) -> dict:
+    """What decides what is read: a fine-tune of the same name and shape is another model."""
+    return {
+        "settings": asdict(settings),
+        "model": describe_model(model),
+        "weights": describe_weights(model),
+        "ids": windows.flatten().tolist(),
+    }
+
+
+def check_goal(ratio: float | None, target_kl: float | None) -> float:
+    """Raises unless at most one is given and it is in its range; gives the ratio to begin with."""
     for name, value in (("ratio", ratio), ("target_kl", target_kl)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise InvalidOptionError(f"`{name}` must be a number above 0, got {value!r}.")
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+        ):
+            raise InvalidOptionError(f"`{name}` must be a finite number above 0, got {value!r}.")
     if ratio is not None and target_kl is not None:
         raise InvalidOptionError(f"`target_kl` must be left out with `ratio`, got {target_kl} and {ratio}: give one.")
-    if ratio is not None and not 1.5 <= ratio <= 200:
-        raise InvalidOptionError(f"`ratio` must be from 1.5 to 200, got {ratio}.")
+    if ratio is not None and not LEAST_RATIO <= ratio <= MOST_RATIO:
+        raise InvalidOptionError(f"`ratio` must be from {LEAST_RATIO} to {MOST_RATIO}, got {ratio}.")
     return 10.0 if ratio is None else float(ratio)
 
 
@@ -281,8 +317,11 @@ def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_wi
     """Ids to calibrate on and ids held out."""
     if isinstance(texts, torch.Tensor):
         held = min(9, len(texts) // 5) if measured_windows is None else measured_windows
-        windows, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
+        # a copy: ids that were made in inference mode cannot be used outside
+        windows, held_out = texts.clone().tensor_split([max(len(texts) - held, 0)])
     else:
+        if tokenizer is None and not model.config.name_or_path:
+            raise InvalidOptionError("`tokenizer` must be given for a model that was not loaded, got None.")
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
         windows, held_out = token_windows(
@@ -297,7 +336,12 @@ def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_wi
     return windows, held_out
 
 
-def _check_ids(ids: torch.Tensor) -> torch.Tensor:
+def _check_ids(model, ids: torch.Tensor) -> torch.Tensor:
     if ids.ndim != 2 or ids.dtype != torch.int64:
         raise InvalidOptionError(f"`texts` must be int64 ids [windows, tokens], got {ids.dtype} {tuple(ids.shape)}.")
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and not (0 <= ids.min() and ids.max() < known):
+        raise InvalidOptionError(
+            f"`texts` must be ids from 0 to {known - 1}, which the model knows, got {ids.min()} to {ids.max()}."
+        )
     return ids

@@ -44,25 +44,34 @@ def plan_layers(layers: list[LayerFit], references: list[list[Cut]] | None, num_
     """
 
     def solve(price: float) -> list[LayerPlan]:
-        own = _plan_all(layers, None, price)
+        own = _plan_all(layers, [None] * len(layers), price)
         if references is None:
             return own
         pairs = zip(own, _plan_all(layers, references, price), strict=True)
         return [min(pair, key=lambda plan: plan.loss + price * plan.num_bytes) for pair in pairs]
 
-    return search_price(solve, lambda plans: sum(plan.num_bytes for plan in plans), num_bytes)
+    def size(plans: list[LayerPlan]) -> float:
+        return sum(plan.num_bytes for plan in plans)
+
+    plans = search_price(solve, size, num_bytes)
+    if references is not None:
+        # a layer that gives references up frees many bytes at once: with all of them decided, those are spent too
+        decided = [cuts if plan.uses_references else None for cuts, plan in zip(references, plans, strict=True)]
+        plans = search_price(lambda price: _plan_all(layers, decided, price), size, num_bytes)
+    return plans
 
 
-def _plan_all(layers: list[LayerFit], references: list[list[Cut]] | None, price: float) -> list[LayerPlan]:
-    tables = [t for layer in layers for t in (layer.own_losses if references is None else layer.residual_losses)]
-    cuts = iter(cut(tables, price))
+def _plan_all(layers: list[LayerFit], references: list[list[Cut] | None], price: float) -> list[LayerPlan]:
+    """Plans at one price: against `references`, or of tokens coded by themselves where a layer has None."""
+    pairs = list(zip(layers, references, strict=True))
+    cuts = iter(cut([t for layer, own in pairs for t in (layer.residual_losses if own else layer.own_losses)], price))
     plans = []
-    for place, layer in enumerate(layers):
+    for layer, coded in pairs:
         own = [next(cuts) for _ in layer.own_losses]
         size, loss = sum(c.num_bytes for c in own), sum(c.loss for c in own)
-        if references is not None:
+        if coded:
             share = 1 / layer.stride
-            size = (1 - share) * (size + ID_BYTES) + share * sum(c.num_bytes for c in references[place])
-            loss = (1 - share) * loss + share * sum(c.loss for c in references[place])
-        plans.append(LayerPlan(references is not None, own, size, loss))
+            size = (1 - share) * (size + ID_BYTES) + share * sum(c.num_bytes for c in coded)
+            loss = (1 - share) * loss + share * sum(c.loss for c in coded)
+        plans.append(LayerPlan(bool(coded), own, size, loss))
     return plans

@@ -20,7 +20,8 @@ class CalibrationSettings:
         window: tokens of a window; its last quarter is predicted from the stored rest.
         reference_stride: one token in so many is a reference where references pay; 1 leaves them out.
         heads_per_group: heads of K and V that are coded jointly, so that a group fits one part of a model that is split
-            over devices; None codes all heads of a layer jointly, which is best.
+            over devices; None codes all heads of a layer jointly, which is best. A token's nearest reference is that of
+            all heads: groups are wholly independent with `reference_stride=1` alone.
         sensitivity_windows: windows whose predictions are differentiated.
         draws: answers drawn from each of these predictions.
         num_sink_tokens: first tokens of a window, which a cache leaves as they are.
@@ -48,6 +49,8 @@ class CalibrationSettings:
         check_integer("seed", self.seed, low=0)
         if self.heads_per_group is not None:
             check_integer("heads_per_group", self.heads_per_group, low=1)
+        if not isinstance(self.keep_statistics, bool):
+            raise InvalidOptionError(f"`keep_statistics` must be True or False, got {self.keep_statistics!r}.")
 
     @classmethod
     def from_options(cls, options: dict) -> CalibrationSettings:

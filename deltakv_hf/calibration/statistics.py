@@ -53,11 +53,14 @@ def collect(
         num_splits: function of the widths of K and V.
         advance: called after each window.
     """
+    for widths in observer.widths.values():
+        # says at once if they cannot be split so
+        num_splits(*widths)
     device = observer.model.device
     sums, count, done = workspace.read_sensitivity(device)
     for number, ids in enumerate(windows):
         wants_gradients = done <= number < sensitivity_windows
-        if not wants_gradients and workspace.has_window(number) and observer.widths:
+        if not wants_gradients and workspace.has_window(number):
             advance()
             continue
         cache = observer.read(ids[:-predicted])
@@ -69,13 +72,14 @@ def collect(
                 _check_finite(gradients)
                 for layer_idx, gradient in gradients.items():
                     parts = split_columns(gradient[num_sinks:], *observer.widths[layer_idx], num_splits)
-                    square = (parts.transpose(1, 2) @ parts).double()
+                    # float32 as in the workspace: a run that was broken off ends with the same sums
+                    square = parts.transpose(1, 2) @ parts
                     sums[layer_idx] = sums[layer_idx] + square if layer_idx in sums else square
                 count += len(ids) - predicted - num_sinks
             workspace.write_sensitivity(sums, count, number + 1)
         workspace.write_window(number, tokens)
         advance()
-    sensitivity = {layer_idx: total / count for layer_idx, total in sums.items()}
+    sensitivity = {layer_idx: total.double() / count for layer_idx, total in sums.items()}
     return Statistics(workspace, len(windows), observer.widths, sensitivity)
 
 

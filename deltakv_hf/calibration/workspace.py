@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from pathlib import Path
 
 import torch
@@ -16,27 +16,36 @@ from ..errors import InvalidOptionError
 from ..files import replacing, write_atomically
 
 STATE = "calibration.json"
+# all that a workspace holds, and what a crash leaves of writing it
+OWN = re.compile(r"\.?(calibration\.json|(sensitivity|window-\d+)\.safetensors)(\.[0-9a-f]{16})?")
 
 
 class Workspace:
     """Tokens of every window that was read (16 bits a number) and the sum of squared gradients.
 
     Args:
-        path: a folder of its own; made if it is not there. What it holds of another calibration is removed.
+        path: a folder of its own; made if it is not there. What it holds of another calibration is removed; if it
+            holds anything else, it is refused and left as it is.
         key: what must be equal for the held to be used: settings, windows, model.
     """
 
     def __init__(self, path: str | os.PathLike, key: dict):
         self.path = Path(path)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not self._state())):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise InvalidOptionError(f"`workspace` must be a folder, got {str(path)!r}: {error}.") from error
+        other = next((name for name in names if not OWN.fullmatch(name)), None)
+        if other is not None:
             raise InvalidOptionError(
                 f"`workspace` must be a new folder or one of an earlier calibration, got {str(path)!r}, which holds "
-                "something else. Choose another place."
+                f"{other!r}. Choose another place."
             )
         if self._state() != digest:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
+            for name in names:
+                (self.path / name).unlink()
             write_atomically(self.path / STATE, json.dumps({"key": digest}).encode())
 
     def _state(self) -> str | None:
@@ -66,8 +75,8 @@ class Workspace:
             return file.get_tensor(str(layer_idx)).to(device).float()
 
     def write_sensitivity(self, sums: dict[int, torch.Tensor], count: int, num_windows: int) -> None:
-        """Keeps sums of squared gradients `[splits, width, width]` of `count` tokens of the first `num_windows`."""
-        held = {str(layer_idx): x.float().cpu().contiguous() for layer_idx, x in sums.items()}
+        """Keeps float32 sums of squared gradients `[splits, width, width]` of `count` tokens of `num_windows`."""
+        held = {str(layer_idx): x.cpu().contiguous() for layer_idx, x in sums.items()}
         with replacing(self.path / "sensitivity.safetensors") as temporary:
             save_file(held, temporary, {"count": str(count), "num_windows": str(num_windows)})
 
@@ -77,12 +86,8 @@ class Workspace:
         if not _is_whole(path):
             return {}, 0, 0
         with safe_open(path, framework="pt") as file:
-            sums = {int(name): file.get_tensor(name).to(device).double() for name in file.keys()}
+            sums = {int(name): file.get_tensor(name).to(device) for name in file.keys()}
             return sums, int(file.metadata()["count"]), int(file.metadata()["num_windows"])
-
-    def remove(self) -> None:
-        """Deletes everything."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _is_whole(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ..calibration.driver import calibrate
+from ..calibration.driver import calibrate, check_goal
 from ..calibration.report import Report
 from ..calibration.texts import read_documents
 from ..compressor.folder import is_compressor
@@ -42,11 +43,14 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     """Runs the command; what was read stays beside `out` until the folder is written."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    check_goal(settings.options["ratio"], settings.options["target_kl"])
     _check_out(settings.out)
     texts = read_documents(settings.text)
+    licenses = _licenses(settings.licenses, list(texts))
     load = load_demo_model if settings.model == "demo" else lambda *place: load_model(settings.model, *place)
     model, tokenizer = load(settings.dtype, settings.device)
-    workspace = settings.out.with_name(f".{settings.out.name}.calibration")
+    out = settings.out.resolve()
+    workspace = out.with_name(f".{out.name}.calibration")
     with progress_bar() as bar:
         compressor = calibrate(
             model,
@@ -58,19 +62,24 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         )
     calibration = compressor.config["calibration"]
     calibration["command"] = shlex.join(["deltakv", *sys.argv[1:]])
-    calibration["text"] = [_source(name, settings.licenses) for name in texts]
+    calibration["text"] = [{"source": name, "license": licenses.get(name, "not stated")} for name in texts]
     if settings.license:
         compressor.config["license"] = settings.license
     report = compressor.report
     files = {"report.json": json.dumps(report.as_dict(), indent=2).encode(), **charts(report)}
     compressor.save_pretrained(settings.out, files)
-    _remove(workspace)
+    shutil.rmtree(workspace, ignore_errors=True)
     _print(compressor, settings.out)
 
 
 def _check_out(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_compressor(out)):
-        raise InvalidOptionError(f"`--out` must be a new folder or a compressor folder to replace, got {str(out)!r}.")
+    """Refuses at once what would be refused once the compressor is made."""
+    inside = list(out.iterdir()) if out.is_dir() else []
+    if out.is_file() or (inside and (not is_compressor(out) or any(entry.is_dir() for entry in inside))):
+        raise InvalidOptionError(
+            f"`--out` must be a new folder or a compressor folder to replace, got {str(out)!r}, which holds something "
+            "else."
+        )
 
 
 def _stages(bar) -> Callable[[str, int], Callable[[], None]]:
@@ -81,16 +90,18 @@ def _stages(bar) -> Callable[[str, int], Callable[[], None]]:
     return stage
 
 
-def _source(name: str, licenses: list[str]) -> dict:
-    """A text file and its licence, as `--text-license NAME=LICENCE` says."""
-    known = dict(entry.split("=", 1) for entry in licenses if "=" in entry)
-    return {"source": name, "license": known.get(name, known.get(Path(name).stem, "not stated"))}
-
-
-def _remove(workspace: Path) -> None:
-    from shutil import rmtree
-
-    rmtree(workspace, ignore_errors=True)
+def _licenses(entries: list[str], texts: list[str]) -> dict[str, str]:
+    """Licences by text, of entries `FILE=LICENCE`; a file may be named with its ending or without."""
+    licenses = {}
+    for entry in entries:
+        name, equals, licence = entry.partition("=")
+        named = [text for text in texts if name in (text, Path(text).stem)]
+        if not equals or not licence or not named:
+            raise InvalidOptionError(
+                f"`--text-license` must be FILE=LICENCE of one of {', '.join(texts)}, got {entry!r}."
+            )
+        licenses |= dict.fromkeys(named, licence)
+    return licenses
 
 
 def _print(compressor: KVCompressor, out: Path) -> None:
