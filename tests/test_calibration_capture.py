@@ -106,7 +106,7 @@ def test_sensitivity_tells_what_noise_costs(family):
     for part, own in enumerate((slice(0, key_width), slice(key_width, None))):
         metric = squares[layer_idx][own, own]
         width = len(metric)
-        # neither white nor uncorrelated: a channel in the wrong place would show
+        # correlated, as errors are; one direction alone would need many more draws
         root = torch.randn(width, width, generator=generator) * torch.rand(width, generator=generator).square()
         root /= (context / 2 * (metric @ root @ root.T).trace() / 1e-3).sqrt()
         kl = 0.0
@@ -168,6 +168,25 @@ def test_collecting_leaves_nothing_on_the_model(tmp_path):
         advance=lambda: None,
     )
     assert state_of(model) == before
+
+
+def test_sensitivity_is_the_mean_square_of_gradients(tmp_path):
+    """Of all tokens but sinks, draws and windows that are differentiated, in the parts of each group of heads."""
+    observer, windows = Observer(tiny_model("llama")), prompt(3, 60)
+    options = dict(sensitivity_windows=2, draws=2, num_sinks=4, num_splits=lambda *_: 2, seed=5)
+    seen = collect(observer, windows, Workspace(tmp_path, {}), predicted=20, advance=lambda: None, **options)
+    sums = 0
+    for number in range(2):
+        generator = torch.Generator().manual_seed(5 * 100_003 + number)
+        for drawn in observer.gradients(observer.read(windows[number, :40]), windows[number, 40:], 2, generator):
+            gradient = drawn[1][4:].double()
+            sums = sums + gradient.T @ gradient
+    of_groups = [[*range(0, 8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
+    expected = torch.stack([sums[own][:, own] for own in of_groups]) / (2 * 2 * 36)
+    torch.testing.assert_close(seen.sensitivity[1], expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+    assert seen.num_windows == 3 and seen.widths == {0: (16, 16), 1: (16, 16)}
+    tokens = seen.workspace.read_window(2, 1, torch.device("cpu"))
+    torch.testing.assert_close(tokens, observer.read(windows[2, :40]).tokens[1][4:], rtol=1e-3, atol=1e-4)
 
 
 def test_families_are_known():
