@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +143,19 @@ class _Recorder(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module in evaluation mode, and each that was not back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     """Runs a few fixed tokens through the model and finds out how each layer rotates its keys.
 
@@ -167,11 +182,8 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device) % embedding.shape[0]
     # a compiled forward would be compiled for the probe's length
     forward = getattr(root.forward, "_torchdynamo_orig_callable", root.forward)
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
     try:
-        with torch.no_grad():
+        with evaluation_mode(root), torch.no_grad():
             forward(input_ids=ids[None], past_key_values=recorder, use_cache=True)
             for handle in (*handles, watch):
                 handle.remove()
@@ -184,8 +196,6 @@ def _probe(root: PreTrainedModel) -> dict[int, LayerProbe]:
     finally:
         for handle in (*handles, watch):
             handle.remove()
-        for module in training:
-            module.training = True
     if not all(getattr(recorder.updated_by[layer_idx], "is_causal", True) for layer_idx in found):
         raise UnsupportedModelError(
             f"`model` must be causal, got {type(root).__name__}, which reads in both directions."

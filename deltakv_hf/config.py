@@ -87,9 +87,9 @@ def refuse_unknown(options: dict, known: list[str]) -> None:
             raise InvalidOptionError(f"`{name}` is not an option; the options are {', '.join(known)}.{hint}")
 
 
-def check_integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
-    """Raises unless `value` is an integer in the range."""
-    rule = f">= {low}" if high is None else f"from {low} to {high}"
+def check_integer(name: str, value: object, *, low: int | None = None, high: int | None = None) -> None:
+    """Raises unless `value` is an integer, at least `low` and (given with `low`) at most `high`."""
+    rule = "" if low is None else f" >= {low}" if high is None else f" from {low} to {high}"
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        raise InvalidOptionError(f"`{name}` must be an integer {rule}, got {value!r}.")
+    if not whole or (low is not None and value < low) or (high is not None and value > high):
+        raise InvalidOptionError(f"`{name}` must be an integer{rule}, got {value!r}.")

@@ -17,7 +17,7 @@ from .hf_compat import CacheLayerMixin, upload, without_autocast
 from .layout import Crop, Flush, FlushGroup, Layout, Step, View
 from .lazy import lazy_pair
 from .ledger import TokenLedger
-from .rope import RopeForm, RopeTables
+from .rope import RopeForm, RopeTables, unrotated_tokens
 from .state import LayerState, append, gather, pick_tokens, write_rows
 
 # working memory of a decode; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
@@ -197,17 +197,15 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
         """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `[rows, n, width]` float32."""
-        # copies: un-rotation works in place
-        keys = keys.transpose(1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        angles = None
         if self.form is not None:
             first = self.ledger.config.num_sink_tokens
             columns = group.columns(first + start, first + stop)
             if columns is None:
-                cos, sin = self.tables.rows(rows, first + start, first + stop)
+                angles = self.tables.rows(rows, first + start, first + stop)
             else:
-                cos, sin = self.tables.gather(upload(columns, self.device), rows)
-            self.form.invert(keys, cos.unsqueeze(2), sin.unsqueeze(2))
-        return torch.cat([keys.flatten(2), values.transpose(1, 2).flatten(2).float()], dim=-1)
+                angles = self.tables.gather(upload(columns, self.device), rows)
+        return unrotated_tokens(self.form, keys, values, angles)
 
     # -- view: stored bytes back into dense tensors --------------------------------------------------------------
 

@@ -61,6 +61,26 @@ class RopeForm:
         return x[..., 0 : 2 * num_pairs : 2], x[..., 1 : 2 * num_pairs : 2]
 
 
+def unrotated_tokens(
+    form: RopeForm | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Raw `[rows, heads, n, head_dim]` -> `[K; V]`, all heads joined, keys un-rotated: `[rows, n, width]` float32.
+
+    Args:
+        form: how the keys are rotated, or None if they are not.
+        angles: cos, sin `[1 or rows, n, n/2]` float32; None without a form.
+    """
+    # a copy: un-rotation works in place, and the model may still need its keys
+    keys = keys.transpose(1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if form is not None:
+        cos, sin = angles
+        form.invert(keys, cos.unsqueeze(2), sin.unsqueeze(2))
+    return torch.cat([keys.flatten(2), values.transpose(1, 2).flatten(2).float()], dim=-1)
+
+
 class RopeTables:
     """Angles of every column that a cache has seen, for all layers with the same RoPE type on one device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,7 +32,12 @@ class Basis:
 
     def analyse(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[n, size]` float32 -> components `[n, size]` float32."""
-        return ((tokens.double() - self.mean) * self.weights @ torch.linalg.inv(self.vectors)).float()
+        return ((tokens.double() - self.mean) * self.weights @ self._inverse).float()
+
+    # many windows are analysed with one basis
+    @cached_property
+    def _inverse(self) -> torch.Tensor:
+        return torch.linalg.inv(self.vectors)
 
 
 def fit_basis(tokens: list[torch.Tensor], sensitivity: torch.Tensor) -> Basis:

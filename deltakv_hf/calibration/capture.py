@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..attach import evaluation_mode
 from ..cache import DeltaKVCache
 from ..errors import CompressorError, UnsupportedModelError
 from ..hf_compat import DynamicCache
-from ..rope import RopeForm
+from ..rope import RopeForm, unrotated_tokens
 
 # keeps gradients of half precision models above the smallest number
 LOSS_SCALE = 256.0
@@ -40,13 +41,8 @@ class CaptureCache(DynamicCache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Stores new tokens as the host does and keeps what a compressor would be given."""
         if self.is_capturing and layer_idx in self.forms:
-            # a copy: un-rotation works in place, and the model's own attention is yet to come
-            keys = key_states[0].transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            if self.forms[layer_idx] is not None:
-                cos, sin = (table[0].unsqueeze(1) for table in self.tables[layer_idx])
-                self.forms[layer_idx].invert(keys, cos, sin)
-            values = value_states[0].float().transpose(0, 1)
-            self.tokens[layer_idx] = torch.cat([keys.flatten(1), values.flatten(1)], dim=-1)
+            states = key_states, value_states, self.tables.get(layer_idx)
+            self.tokens[layer_idx] = unrotated_tokens(self.forms[layer_idx], *states)[0]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -129,13 +125,7 @@ class Observer:
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Puts every module in evaluation mode, and each that was not back; without gradients, inference mode, autocast."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        # what is computed in inference mode can never be differentiated, and autocast would round what is fitted
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    # what is computed in inference mode can never be differentiated, and autocast would round what is fitted
+    precise = torch.autocast(model.device.type, enabled=False)
+    with evaluation_mode(model), torch.inference_mode(False), torch.no_grad(), precise:
+        yield

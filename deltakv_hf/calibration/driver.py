@@ -6,8 +6,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -272,21 +272,13 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         return {name: round(value, 1) for name, value in self.stages.items()}
 
-    def __call__(self, stage: str) -> _Timer:
-        return _Timer(self, stage)
-
-
-@dataclass
-class _Timer:
-    clock: _Clock
-    stage: str
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *exception) -> None:
-        stages = self.clock.stages
-        stages[self.stage] = stages.get(self.stage, 0.0) + time.perf_counter() - self.began
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - began
 
 
 def _key(model, settings: CalibrationSettings, windows: torch.Tensor) -> dict:

@@ -39,7 +39,7 @@ class LayerFit:
     def __init__(self, tokens, sensitivity: torch.Tensor, widths: tuple[int, int], stride: int, seed: int):
         self._tokens, self._widths, self._seed = tokens, widths, seed
         self.sensitivity, self.stride, self.num_splits = sensitivity, stride, len(sensitivity)
-        windows = [split_columns(part, *widths, lambda *_: self.num_splits) for part in tokens()]
+        windows = [split_columns(part, widths, self.num_splits) for part in tokens()]
         self.bases: list[Basis] = [
             fit_basis([window[split] for window in windows], sensitivity[split]) for split in range(self.num_splits)
         ]
@@ -73,7 +73,7 @@ class LayerFit:
         products = torch.zeros(2, sum(self._widths), dtype=torch.float64, device=self.prediction.device)
         pairs = []
         for tokens in self._tokens():
-            components = self._analyse(split_columns(tokens, *self._widths, lambda *_: self.num_splits))[None]
+            components = self._analyse(split_columns(tokens, self._widths, self.num_splits))[None]
             span = lattice.span(0, components.shape[1], components.device)
             references = book.decode(book.encode(components[:, span.reference_offsets]))
             others = components[:, span.residual_offsets]

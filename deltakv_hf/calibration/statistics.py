@@ -53,9 +53,8 @@ def collect(
         num_splits: function of the widths of K and V.
         advance: called after each window.
     """
-    for widths in observer.widths.values():
-        # says at once if they cannot be split so
-        num_splits(*widths)
+    # for all layers before the first window: says at once if they cannot be split so
+    splits = {layer_idx: num_splits(*widths) for layer_idx, widths in observer.widths.items()}
     device = observer.model.device
     sums, count, done = workspace.read_sensitivity(device)
     for number, ids in enumerate(windows):
@@ -71,7 +70,7 @@ def collect(
             for gradients in observer.gradients(cache, ids[-predicted:], draws, generator):
                 _check_finite(gradients)
                 for layer_idx, gradient in gradients.items():
-                    parts = split_columns(gradient[num_sinks:], *observer.widths[layer_idx], num_splits)
+                    parts = split_columns(gradient[num_sinks:], observer.widths[layer_idx], splits[layer_idx])
                     # float32 as in the workspace: a run that was broken off ends with the same sums
                     square = parts.transpose(1, 2) @ parts
                     sums[layer_idx] = sums[layer_idx] + square if layer_idx in sums else square
@@ -83,11 +82,9 @@ def collect(
     return Statistics(workspace, len(windows), observer.widths, sensitivity)
 
 
-def split_columns(tokens: torch.Tensor, key_width: int, value_width: int, num_splits) -> torch.Tensor:
+def split_columns(tokens: torch.Tensor, widths: tuple[int, int], splits: int) -> torch.Tensor:
     """`[n, width]` -> `[splits, n, width / splits]`: the same share of the heads of K and of V in each split."""
-    splits = num_splits(key_width, value_width)
-    keys, values = tokens.split([key_width, value_width], dim=-1)
-    parts = [part.unflatten(-1, (splits, -1)).transpose(0, 1) for part in (keys, values)]
+    parts = [part.unflatten(-1, (splits, -1)).transpose(0, 1) for part in tokens.split(list(widths), dim=-1)]
     return torch.cat(parts, dim=-1)
 
 

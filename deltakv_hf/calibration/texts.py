@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..config import check_integer
 from ..errors import InvalidOptionError
 from ..evaluation import texts
 
@@ -77,10 +78,10 @@ def token_windows(
         InvalidOptionError: an argument is out of range, or there is too little text.
     """
     if num_held_out is not None:
-        _check_integer("num_held_out", num_held_out, low=0)
-    _check_integer("num_tokens", num_tokens, low=1)
-    _check_integer("window", window, low=1)
-    _check_integer("seed", seed)
+        check_integer("num_held_out", num_held_out, low=0)
+    check_integer("num_tokens", num_tokens, low=1)
+    check_integer("window", window, low=1)
+    check_integer("seed", seed)
     sources = [_Source(name, own, seed) for name, own in _check_documents(documents).items()]
     if num_held_out is None:
         num_held_out = min(max(FEWEST_HELD_OUT, len(sources)), MOST_HELD_OUT)
@@ -102,12 +103,6 @@ def token_windows(
         )
     empty = torch.empty(0, window, dtype=torch.int64)
     return tuple(torch.stack(part) if part else empty for part in (windows, held_out))
-
-
-def _check_integer(name: str, value: object, *, low: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
-        rule = "" if low is None else f" >= {low}"
-        raise InvalidOptionError(f"`{name}` must be an integer{rule}, got {value!r}.")
 
 
 def _check_documents(documents: Mapping[str, Iterable[str]] | Iterable[str]) -> dict[str, list[str]]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from ..calibration.texts import read_documents
 from ..compressor.folder import is_compressor
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
-from ..evaluation.model import load_demo_model, load_model
+from ..evaluation.model import load_by_name
+from .arguments import command_line
 from .console import console, progress_bar, size
 
 
@@ -47,8 +46,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     _check_out(settings.out)
     texts = read_documents(settings.text)
     licenses = _licenses(settings.licenses, list(texts))
-    load = load_demo_model if settings.model == "demo" else lambda *place: load_model(settings.model, *place)
-    model, tokenizer = load(settings.dtype, settings.device)
+    model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
     out = settings.out.resolve()
     workspace = out.with_name(f".{out.name}.calibration")
     with progress_bar() as bar:
@@ -61,7 +59,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
             **settings.options,
         )
     calibration = compressor.config["calibration"]
-    calibration["command"] = shlex.join(["deltakv", *sys.argv[1:]])
+    calibration["command"] = command_line()
     calibration["text"] = [{"source": name, "license": licenses.get(name, "not stated")} for name in texts]
     if settings.license:
         compressor.config["license"] = settings.license

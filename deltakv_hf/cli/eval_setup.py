@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +15,11 @@ from rich.progress import track
 
 from ..cache import DeltaKVCache
 from ..errors import InvalidOptionError
-from ..evaluation.model import DEMO_MODEL, load_demo_model, load_model
+from ..evaluation.model import DEMO_MODEL, load_by_name
 from ..evaluation.steps import environment
 from ..files import write_atomically
 from ..hf_compat import Cache
-from .arguments import check_output
+from .arguments import check_output, command_line
 from .console import console
 
 
@@ -91,10 +89,7 @@ def prepare(settings: EvalSettings):
     name = DEMO_MODEL if settings.model == "demo" else settings.model
     # transformers draws bars of its own
     with console.status(f"load {name}"), contextlib.redirect_stderr(io.StringIO()):
-        if settings.model == "demo":
-            model, tokenizer = load_demo_model(settings.dtype, settings.device)
-        else:
-            model, tokenizer = load_model(settings.model, settings.dtype, settings.device)
+        model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
     for cache in caches:
         # an option that is refused is refused before hours of work
         cache.make(model)
@@ -110,6 +105,5 @@ def write_result(settings: EvalSettings, model, how: dict, rows: list[dict]) -> 
     """Writes command, device, versions and rows, whole or not at all."""
     if settings.json_file is None:
         return
-    command = shlex.join(["deltakv", *sys.argv[1:]])
-    result = {"command": command, "environment": environment(model)} | how | {"results": rows}
+    result = {"command": command_line(), "environment": environment(model)} | how | {"results": rows}
     write_atomically(settings.json_file, (json.dumps(result, indent=2) + "\n").encode())

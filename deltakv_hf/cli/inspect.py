@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..attach import LayerProbe, attach
 from ..cache import DeltaKVCache
-from ..evaluation.model import DEMO_MODEL, load_demo_model, load_model
+from ..evaluation.model import DEMO_MODEL, load_by_name
 from ..layer import DeltaKVLayer
 from .console import console
 
@@ -50,11 +50,8 @@ def run_inspect(name: str, options: dict, device: str | None, dtype: str | None,
     """Prints the plan of every layer of model `name` ("demo" for the one that comes from PyPI)."""
     # the loaders of transformers draw bars of their own
     with contextlib.redirect_stderr(io.StringIO()):
-        if name == "demo":
-            name = DEMO_MODEL
-            model, _ = load_demo_model(dtype, device)
-        else:
-            model, _ = load_model(name, dtype, device)
+        model, _ = load_by_name(name, dtype, device)
+    name = DEMO_MODEL if name == "demo" else name
     plans = plan_layers(model, options)
     dtype = str(model.dtype).removeprefix("torch.")
     if as_json:

@@ -149,23 +149,12 @@ class DirectCompressor:
             references: what `self.references(store)` gave.
             scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
 
-        Yields:
-            tokens `[batch, ..., width]` float32, and a function that picks their places out of any tensor
-            `[batch, stop - start, ..]`, as a view `[batch, ..., ..]`.
+        Returns:
+            what `TokenStore.read_in_pieces` yields, float32.
         """
-        first, last = self.lattice.count(start), self.lattice.count(stop)
-        piece = slice(start - first, stop - last)
-        residual = store.residual_codes[:, piece], store.residual_levels[:, piece], store.reference_idx[:, piece]
-        stride, nbits = self.lattice.stride, self.config.nbits
-        if self.lattice.is_regular(start, stop):
-            yield references[:, first:last], lambda x: x.unflatten(1, (-1, stride))[:, :, 0]
-            if stride > 1:
-                residual = [part.unflatten(1, (-1, stride - 1)) for part in residual]
-                tokens = dispatch.reconstruct(*residual, references, nbits, scratch)
-                yield tokens, lambda x: x.unflatten(1, (-1, stride))[:, :, 1:]
-            return
-        span = self.lattice.span(start, stop, references.device)
-        tokens = references.new_empty(references.shape[0], stop - start, self.width)
-        tokens[:, span.reference_offsets] = references[:, first:last]
-        tokens[:, span.residual_offsets] = dispatch.reconstruct(*residual, references, nbits, scratch)
-        yield tokens, lambda x: x
+        own = references[:, self.lattice.count(start) : self.lattice.count(stop)]
+
+        def others(*residual: torch.Tensor) -> torch.Tensor:
+            return dispatch.reconstruct(*residual, references, self.config.nbits, scratch)
+
+        return store.read_in_pieces(self.lattice, start, stop, own, others)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
+
+from ..references import Lattice
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,41 @@ class TokenStore:
         """The first records of every row, in memory of their own."""
         counts = self.counts(num_references, num_residuals)
         return type(self)(**{name: getattr(self, name)[:, :count].clone() for name, count in counts.items()})
+
+    def read_in_pieces(
+        self,
+        lattice: Lattice,
+        start: int,
+        stop: int,
+        references: torch.Tensor,
+        decode: Callable[..., torch.Tensor],
+    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Compressed tokens `start .. stop - 1` of every row: references first, the others between them after.
+
+        Args:
+            lattice: where references are.
+            references: those of the range as tokens `[batch, n, width]`; used up before `decode` is called.
+            decode: function of the fields that stand with residuals, in their order, `[batch, ..., numbers]` each,
+                that gives tokens `[batch, ..., width]`.
+
+        Yields:
+            tokens `[batch, ..., width]`, and a function that picks their places out of any tensor
+            `[batch, stop - start, ..]`, as a view `[batch, ..., ..]`.
+        """
+        first, last, stride = lattice.count(start), lattice.count(stop), lattice.stride
+        with_residuals = [name for name, count in self.counts(0, 1).items() if count]
+        residuals = [getattr(self, name)[:, start - first : stop - last] for name in with_residuals]
+        if lattice.is_regular(start, stop):
+            yield references, lambda x: x.unflatten(1, (-1, stride))[:, :, 0]
+            if stride > 1:
+                tokens = decode(*(part.unflatten(1, (-1, stride - 1)) for part in residuals))
+                yield tokens, lambda x: x.unflatten(1, (-1, stride))[:, :, 1:]
+            return
+        span = lattice.span(start, stop, references.device)
+        tokens = references.new_empty(references.shape[0], stop - start, references.shape[-1])
+        tokens[:, span.reference_offsets] = references
+        tokens[:, span.residual_offsets] = decode(*residuals)
+        yield tokens, lambda x: x
 
 
 def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int) -> torch.Tensor:

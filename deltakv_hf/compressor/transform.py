@@ -178,36 +178,18 @@ class TransformCompressor:
             references: what `self.references(store)` gave.
             scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
 
-        Yields:
-            tokens `[batch, ..., width]` float32, and a function that picks their places out of any tensor
-            `[batch, stop - start, ..]`, as a view `[batch, ..., ..]`.
+        Returns:
+            what `TokenStore.read_in_pieces` yields, float32.
         """
-        transform, stride = self.transform, self.lattice.stride
+        transform = self.transform
         out, work = (None, None) if scratch is None else scratch
-        first, last = self.lattice.count(start), self.lattice.count(stop)
-        reference_codes = store.reference_codes[:, first:last]
-        own = transform.synthesise(transform.reference_codebook.decode(reference_codes, work), out)
-        if stride == 1:
-            yield own, lambda x: x
-            return
-        residual_codes = store.residual_codes[:, start - first : stop - last]
-        idx = store.reference_idx[:, start - first : stop - last]
-        if self.lattice.is_regular(start, stop):
-            yield own, lambda x: x.unflatten(1, (-1, stride))[:, :, 0]
-            residual_codes, idx = (part.unflatten(1, (-1, stride - 1)) for part in (residual_codes, idx))
-            yield self._others(residual_codes, idx, references, out, work), self._behind_references
-            return
-        span = self.lattice.span(start, stop, residual_codes.device)
-        tokens = own.new_empty(own.shape[0], stop - start, self.width)
-        tokens[:, span.reference_offsets] = own
-        tokens[:, span.residual_offsets] = self._others(residual_codes, idx, references, out, work)
-        yield tokens, lambda x: x
+        codes = store.reference_codes[:, self.lattice.count(start) : self.lattice.count(stop)]
+        own = transform.synthesise(transform.reference_codebook.decode(codes, work), out)
 
-    def _behind_references(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (-1, self.lattice.stride))[:, :, 1:]
+        def others(residual_codes: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+            components = transform.residual_codebook.decode(residual_codes, work)
+            # `out` is free until the projection writes it
+            components += dispatch.predict(references, idx, out)
+            return transform.synthesise(components, out)
 
-    def _others(self, residual_codes, idx, references, out, work) -> torch.Tensor:
-        components = self.transform.residual_codebook.decode(residual_codes, work)
-        # `out` is free until the projection writes it
-        components += dispatch.predict(references, idx, out)
-        return self.transform.synthesise(components, out)
+        return store.read_in_pieces(self.lattice, start, stop, own, others)

