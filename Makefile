@@ -1,6 +1,8 @@
 # `make demo` and `make test` set everything up on a machine that has Python 3.10 or newer, and nothing else.
 
 PYTHON ?= python3
+# for pytest, two processes unless told otherwise: make test ARGS='-k rope -x'
+ARGS ?= -n 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 OLDEST := .oldest
@@ -18,7 +20,7 @@ help: ## show this list
 demo: $(STAMP) ## compress a small model's cache and show what it saves
 	$(VENV)/bin/deltakv demo
 
-# offline: no test may depend on the Hub. ARGS goes to pytest: make test ARGS='-k rope -x'
+# offline: no test may depend on the Hub
 test: $(STAMP) ## run the tests
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
 

@@ -133,9 +133,9 @@ def test_no_layer_has_references_at_stride_1():
 
 
 def test_heads_of_different_groups_do_not_meet():
-    """The numbers of a group's heads decide its codes alone (the choice of a reference is made for all heads)."""
+    """The numbers of a group's heads decide its codes alone."""
     model = SHAPES["Llama-3.1-8B"]()
-    made = calibrate(model, ids(), ratio=4, heads_per_group=2, reference_stride=1, measured_windows=0)
+    made = calibrate(model, ids(), ratio=4, heads_per_group=2, measured_windows=0)
     for transform in transforms(made):
         coder, generator = TransformCompressor(transform), torch.Generator().manual_seed(0)
         tokens = transform.mean + torch.randn(1, 30, 128, generator=generator) * 0.3
@@ -163,7 +163,8 @@ def test_heads_of_different_groups_do_not_meet():
 
 def test_a_group_of_all_heads_is_the_same_as_none():
     model = tiny_model("llama")
-    one, other = (calibrate(model, ids(), ratio=4, heads_per_group=heads, measured_windows=0) for heads in (None, 2))
+    options = dict(ratio=4, reference_stride=1, measured_windows=0)
+    one, other = (calibrate(model, ids(), heads_per_group=heads, **options) for heads in (None, 2))
     assert same(one, other)
 
 
@@ -423,6 +424,7 @@ def test_a_workspace_that_holds_something_else_is_left_alone(tmp_path):
         (dict(reference_stride=0), "`reference_stride` must be an integer >= 1"),
         (dict(heads_per_group=3), "`heads_per_group` must divide the 2 key-value heads"),
         (dict(heads_per_group=0), "`heads_per_group` must be an integer >= 1"),
+        (dict(heads_per_group=1, reference_stride=8), "`reference_stride` must be 1 with `heads_per_group`, got 8"),
         (dict(num_sink_tokens=300), "`num_sink_tokens` must be an integer from 0 to 200"),
         (dict(num_tokens=100), "`num_tokens` must be an integer >= 2048"),
         (dict(draws=0), "`draws` must be an integer >= 1"),
@@ -560,6 +562,18 @@ def test_a_command_that_fails_leaves_an_old_folder_as_it_is(folder, texts, tmp_p
         assert command(folder, texts, out, "--ratio", 4).exit_code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} != before
     assert not workspace.exists()
+
+
+def test_a_workspace_is_kept_for_another_ratio(folder, texts, tmp_path, reads):
+    place = ["--workspace", tmp_path / "read"]
+    assert command(folder, texts, tmp_path / "a", "--ratio", 8, *place).exit_code == 0
+    assert (tmp_path / "read" / "calibration.json").exists() and reads
+    reads.clear()
+    assert command(folder, texts, tmp_path / "b", "--ratio", 4, *place).exit_code == 0
+    assert not reads
+    assert command(folder, texts, tmp_path / "c", "--ratio", 4).exit_code == 0
+    made = [(tmp_path / name / "compressor.safetensors").read_bytes() for name in "abc"]
+    assert made[0] != made[1] == made[2]
 
 
 def test_what_the_command_cannot_do_is_refused_at_once(folder, texts, tmp_path, reads):

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import assert_refused, run
+from compressors import random_compressor
 from huggingface_hub import scan_cache_dir
 from models import byte_llama, byte_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from deltakv_hf import DeltaKVError
+from deltakv_hf.cli.demo import DEMO_COMPRESSOR, DemoSettings, _compressor
 from deltakv_hf.cli.facts import FACTS, plant
 from deltakv_hf.compressor.folder import write_folder
 from deltakv_hf.config import DeltaKVConfig
@@ -118,6 +120,26 @@ def test_demo_continues_a_text_without_questions(folder, text, tmp_path):
     result = run("demo", "--model", folder, "--prompt-file", text, *arguments)
     assert result.exit_code in (0, 1) and result.exception is None or isinstance(result.exception, SystemExit)
     assert "(the prompt goes on)" in result.output
+
+
+def test_demo_takes_a_compressor(folder, text, tmp_path):
+    random_compressor(byte_llama(MAX_POSITIONS)).save_pretrained(tmp_path / "c")
+    figures = tmp_path / "figures.json"
+    arguments = ["--max-new-tokens", 3, "--out", tmp_path / "chart.png", "--json", figures]
+    result = run("demo", "--model", folder, "--prompt-file", text, *arguments, "--compressor", tmp_path / "c")
+    assert result.exit_code in (0, 1), result.output
+    found = json.loads(figures.read_text())
+    assert found["compressor"] == str(tmp_path / "c") and found["options"]["recent_window"] == 64
+    assert found["memory"]["compressor_bytes"] > 0 and "compressor, shared by all caches" in result.output
+    assert (tmp_path / "chart.png").read_bytes().startswith(PNG)
+
+
+def test_demo_takes_the_bundled_compressor_for_its_own_model_unless_told_otherwise():
+    def chosen(model=None, **options):
+        return _compressor(DemoSettings(model, None, [], 1, None, options, None, None, None, Path("x"), None))
+
+    assert chosen().name == chosen(recent_window=8).name == DEMO_COMPRESSOR
+    assert chosen(nbits=4) is chosen(model="mine") is None
 
 
 def test_demo_returns_1_if_answers_differ(folder, text, tmp_path, monkeypatch):
@@ -228,5 +250,6 @@ def test_the_whole_demo(tmp_path):
     assert 4096 < found["prompt"]["tokens"] <= 4400
     assert found["fidelity"]["top1_text"] >= 0.96 and found["fidelity"]["kl_text"] <= 0.003
     bytes_of_16_bits = found["memory"]["dense_bytes"] * (0.5 if found["dtype"] == "float32" else 1)
-    assert found["memory"]["stored_bytes"] <= 0.37 * bytes_of_16_bits
+    assert found["compressor"] == DEMO_COMPRESSOR
+    assert found["memory"]["stored_bytes"] <= 0.15 * bytes_of_16_bits
     assert chart.read_bytes().startswith(PNG)

@@ -5,10 +5,10 @@ import re
 
 import pytest
 from commands import assert_refused, run
+from compressors import random_compressor
 from helpers import TIGHT
 from models import byte_llama, byte_tokenizer
 
-from deltakv_hf import DeltaKVCache
 from deltakv_hf.cli import eval_fidelity, eval_tasks
 
 FIDELITY = ["--context", 300, "--predict", 20, "--windows", 2, "--device", "cpu"]
@@ -119,22 +119,29 @@ def test_texts_and_tasks_that_are_not_there_are_refused(folder, tmp_path):
     assert_refused(run("eval", "tasks", "passkey", "--model", folder, "--length", 4090), "lengths", 4096)
 
 
-def test_compressors_go_by_name(folder, tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture(scope="module")
+def compressor(tmp_path_factory) -> str:
+    """One for the model, saved."""
+    path = tmp_path_factory.mktemp("compressor") / "mine"
+    random_compressor(byte_llama()).save_pretrained(path)
+    return str(path)
 
-    def from_pretrained(name, model):
-        asked.append(name)
-        return DeltaKVCache(model, **TIGHT)
 
-    monkeypatch.setattr(DeltaKVCache, "from_pretrained", staticmethod(from_pretrained), raising=False)
+def test_compressors_go_by_name_and_show_their_own_bytes(folder, compressor, tmp_path):
     out = tmp_path / "out.json"
-    result = run("eval", "fidelity", "--model", folder, *FIDELITY, "--compressor", "mine", "--json", out)
+    result = run("eval", "fidelity", "--model", folder, *FIDELITY, "--compressor", compressor, "--json", out)
     assert result.exit_code == 0, result.output
-    assert set(asked) == {"mine"} and json.loads(out.read_text())["results"][0]["compressor"] == "mine"
+    found = json.loads(out.read_text())["results"][0]
+    assert found["compressor"] == compressor and found["compressor_bytes"] > 0 and found["break_even_tokens"] > 0
+    assert f"as many as {found['break_even_tokens']:,.0f} compressed tokens" in " ".join(result.output.split())
+
+    result = run("eval", "tasks", "niah4", "--model", folder, *TASKS, "--compressor", compressor, "--json", out)
+    assert result.exit_code == 0, result.output
+    full, own = json.loads(out.read_text())["results"]
+    assert full["compressor_bytes"] == 0 < own["compressor_bytes"] and own["break_even_tokens"] > 0
+    assert " ".join(result.output.split()).count("the compressor itself, shared by all caches") == 1
 
 
-def test_compressors_are_refused_until_there_are_any(folder, monkeypatch):
-    if hasattr(DeltaKVCache, "from_pretrained"):
-        monkeypatch.delattr(DeltaKVCache, "from_pretrained")
+def test_a_compressor_that_is_not_there_is_refused_before_the_model_is_loaded():
     for command in ("fidelity", "tasks"):
-        assert_refused(run("eval", command, "--model", folder, "--compressor", "mine"), "--compressor", "mine")
+        assert_refused(run("eval", command, "--model", "nowhere", "--compressor", "mine"), "id_or_path", "mine")

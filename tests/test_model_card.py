@@ -22,7 +22,8 @@ CONFIG = {
     "calibration": {
         "text": [{"source": "Emma", "license": "public domain", "tokens": 20000}, "my notes"],
         "command": "deltakv calibrate someone/small",
-        "seconds": 61.237,
+        "device": "cpu",
+        "seconds": {"reading": 61.237, "measuring": 5},
         "versions": {"torch": "2.13.0", "deltakv-hf": "0.1.0"},
     },
     "limits": ["English prose only."],
@@ -98,7 +99,7 @@ def test_a_card_says_all_that_is_known():
         "- Emma (licence: public domain); tokens: 20,000",
         "- my notes (licence: unknown)",
         "- `deltakv calibrate someone/small`",
-        "- 61.24 seconds",
+        "- seconds on cpu: reading 61.24, measuring 5",
         "- deltakv-hf 0.1.0, torch 2.13.0",
         "- English prose only.",
     ):

@@ -34,6 +34,8 @@ from .workspace import Workspace
 Progress = Callable[[str, int], Callable[[], None]]
 # ratios tried for a KL, unless all are too large
 TRIES = 4
+# settings that do not change what is read
+AFTER_READING = ("num_tokens", "reference_stride", "keep_statistics")
 LEAST_RATIO, MOST_RATIO = 1.5, 200
 
 
@@ -284,7 +286,7 @@ class _Clock:
 def _key(model, settings: CalibrationSettings, windows: torch.Tensor) -> dict:
     """What decides what is read: a fine-tune of the same name and shape is another model."""
     return {
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if name not in AFTER_READING},
         "model": describe_model(model),
         "weights": describe_weights(model),
         "ids": windows.flatten().tolist(),

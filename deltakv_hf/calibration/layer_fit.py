@@ -43,7 +43,9 @@ class LayerFit:
         self.bases: list[Basis] = [
             fit_basis([window[split] for window in windows], sensitivity[split]) for split in range(self.num_splits)
         ]
-        self.own_samples = _sample([self._analyse(window) for window in windows], FIT_SAMPLES)
+        each = -(-FIT_SAMPLES // len(windows))
+        samples = [window[:, _places(window.shape[1], each, window.device)] for window in windows]
+        self.own_samples = self._analyse(torch.cat(samples, dim=1))
         self.own_losses = self._measure(self.own_samples)
         self.residual_losses: list[LossTable] = []
         self.reference_book: Codebook | None = None
@@ -69,23 +71,21 @@ class LayerFit:
     def code_references(self, cuts: list[Cut]) -> None:
         """Fits the references' codebook, codes them, and measures what is left of the other tokens."""
         self.reference_book = book = self.fit_own(cuts)
-        lattice = Lattice(self.stride)
-        products = torch.zeros(2, sum(self._widths), dtype=torch.float64, device=self.prediction.device)
+        lattice, each = Lattice(self.stride), -(-FIT_SAMPLES // self._tokens.num_windows)
         pairs = []
         for tokens in self._tokens():
-            components = self._analyse(split_columns(tokens, self._widths, self.num_splits))[None]
-            span = lattice.span(0, components.shape[1], components.device)
-            references = book.decode(book.encode(components[:, span.reference_offsets]))
-            others = components[:, span.residual_offsets]
-            idx = dispatch.nearest_references(others, references, span.num_visible[None], 1)
-            nearest = dispatch.predict(references, idx)
-            products += torch.stack([(others * nearest).double().sum((0, 1)), nearest.double().square().sum((0, 1))])
-            keep = _places(others.shape[1], -(-FIT_SAMPLES // self._tokens.num_windows), others.device)
-            pairs.append((others[0, keep], nearest[0, keep]))
+            parts = split_columns(tokens, self._widths, self.num_splits)
+            span = lattice.span(0, len(tokens), tokens.device)
+            keep = _places(len(span.residual_offsets), each, tokens.device)
+            references = book.decode(book.encode(self._analyse(parts[:, span.reference_offsets])[None]))
+            others = self._analyse(parts[:, span.residual_offsets[keep]])
+            idx = dispatch.nearest_references(others[None], references, span.num_visible[None, keep], 1)
+            pairs.append((others, dispatch.predict(references, idx)[0]))
+        others, nearest = (torch.cat(part) for part in zip(*pairs, strict=True))
+        along = (others * nearest).double().sum(0) / nearest.double().square().sum(0).clamp_min(1e-300)
         # as it will be stored
-        self.prediction = (products[0] / products[1].clamp_min(1e-300)).clamp(0, 1).half().float()
-        residuals = [others - nearest * self.prediction for others, nearest in pairs]
-        self.residual_samples = _sample(residuals, FIT_SAMPLES)
+        self.prediction = along.clamp(0, 1).half().float()
+        self.residual_samples = others - nearest * self.prediction
         self.residual_losses = self._measure(self.residual_samples)
 
     def no_codebook(self) -> Codebook:
@@ -125,12 +125,7 @@ class LayerFit:
         return Codebook(starts, vectors, steps, samples.shape[1])
 
 
-def _sample(windows: list[torch.Tensor], count: int) -> torch.Tensor:
-    """About `count` rows, evenly from all windows."""
-    each = -(-count // len(windows))
-    return torch.cat([part[_places(len(part), each, part.device)] for part in windows])
-
-
 def _places(length: int, count: int, device: torch.device) -> torch.Tensor:
+    """`count` places of `length`, evenly spread; all of them if there are fewer."""
     count = min(length, count)
     return torch.arange(count, device=device) * length // max(count, 1)

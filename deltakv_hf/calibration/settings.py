@@ -9,6 +9,7 @@ from ..errors import InvalidOptionError
 
 # tokens without which 256 vectors a group cannot be fitted
 FEWEST_TOKENS = 2048
+REFERENCE_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,11 @@ class CalibrationSettings:
     Args:
         num_tokens: tokens of text to store and learn from.
         window: tokens of a window; its last quarter is predicted from the stored rest.
-        reference_stride: one token in so many is a reference where references pay; 1 leaves them out.
+        reference_stride: one token in so many is a reference where references pay; 1 leaves them out. None takes 8, and
+            1 with `heads_per_group`.
         heads_per_group: heads of K and V that are coded jointly, so that a group fits one part of a model that is split
-            over devices; None codes all heads of a layer jointly, which is best. A token's nearest reference is that of
-            all heads: groups are wholly independent with `reference_stride=1` alone.
+            over devices; None codes all heads of a layer jointly, which is best. Groups share nothing, so there are no
+            references: a token's nearest one would be found with the heads of all.
         sensitivity_windows: windows whose predictions are differentiated.
         draws: answers drawn from each of these predictions.
         num_sink_tokens: first tokens of a window, which a cache leaves as they are.
@@ -31,7 +33,7 @@ class CalibrationSettings:
 
     num_tokens: int = 100_000
     window: int = 4096
-    reference_stride: int = 8
+    reference_stride: int | None = None
     heads_per_group: int | None = None
     sensitivity_windows: int = 12
     draws: int = 1
@@ -42,6 +44,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         check_integer("num_tokens", self.num_tokens, low=FEWEST_TOKENS)
         check_integer("window", self.window, low=64)
+        if self.reference_stride is None:
+            object.__setattr__(self, "reference_stride", REFERENCE_STRIDE if self.heads_per_group is None else 1)
         check_integer("reference_stride", self.reference_stride, low=1)
         check_integer("sensitivity_windows", self.sensitivity_windows, low=1)
         check_integer("draws", self.draws, low=1)
@@ -49,6 +53,11 @@ class CalibrationSettings:
         check_integer("seed", self.seed, low=0)
         if self.heads_per_group is not None:
             check_integer("heads_per_group", self.heads_per_group, low=1)
+            if self.reference_stride != 1:
+                raise InvalidOptionError(
+                    f"`reference_stride` must be 1 with `heads_per_group`, got {self.reference_stride}: groups of "
+                    "heads share no references. Leave one of them out."
+                )
         if not isinstance(self.keep_statistics, bool):
             raise InvalidOptionError(f"`keep_statistics` must be True or False, got {self.keep_statistics!r}.")
 

@@ -16,9 +16,15 @@ Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. D
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 
+def given(options: dict) -> dict:
+    """Those options that were given: the others are left to their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def command_line() -> str:
-    """The command as it was typed, to be noted beside what it made."""
-    return shlex.join(["deltakv", *sys.argv[1:]])
+    """The command as it was typed, to be noted beside what it made; of places on this machine the names alone."""
+    parts = [Path(part).name if part.startswith(("/", "~")) else part for part in sys.argv[1:]]
+    return shlex.join(["deltakv", *parts])
 
 
 def check_output(name: str, path: Path | None) -> None:

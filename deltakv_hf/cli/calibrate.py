@@ -30,6 +30,7 @@ class CalibrateSettings:
     model: str
     text: list[Path]
     out: Path
+    workspace: Path | None
     options: dict
     licenses: list[str]
     license: str | None
@@ -39,7 +40,7 @@ class CalibrateSettings:
 
 
 def run_calibrate(settings: CalibrateSettings) -> None:
-    """Runs the command; what was read stays beside `out` until the folder is written."""
+    """Runs the command; without a workspace, what was read stays beside `out` until the folder is written."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     check_goal(settings.options["ratio"], settings.options["target_kl"])
@@ -48,7 +49,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     licenses = _licenses(settings.licenses, list(texts))
     model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
     out = settings.out.resolve()
-    workspace = out.with_name(f".{out.name}.calibration")
+    workspace = settings.workspace or out.with_name(f".{out.name}.calibration")
     with progress_bar() as bar:
         compressor = calibrate(
             model,
@@ -66,7 +67,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     report = compressor.report
     files = {"report.json": json.dumps(report.as_dict(), indent=2).encode(), **charts(report)}
     compressor.save_pretrained(settings.out, files)
-    shutil.rmtree(workspace, ignore_errors=True)
+    if settings.workspace is None:
+        shutil.rmtree(workspace, ignore_errors=True)
     _print(compressor, settings.out)
 
 
@@ -116,7 +118,7 @@ def _print(compressor: KVCompressor, out: Path) -> None:
     ]
     for row in compressor.config.get("measured", []):
         rows += [("KL to the full cache", row["kl"]), ("top-1", row["top1"]), ("ΔNLL", row["delta_nll"])]
-        rows.append(("measured on", row["text"]))
+        rows.append(("measured on", f"held-out windows: {row['held-out windows']}"))
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -71,13 +71,17 @@ def draw(points: list[Point], name: str, dtype: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     tokens = [0] + [point.tokens for point in points]
-    areas = [
-        [0.0] + [sum(point.report.parts[part] for part in parts) / 2**20 for point in points]
-        for parts in GROUPS.values()
-    ]
+    areas = {
+        label: [0.0] + [sum(point.report.parts[part] for part in parts) / 2**20 for point in points]
+        for label, parts in GROUPS.items()
+    }
+    # a compressor has no scales, and a cache without references none of these
+    shown = {label: color for (label, area), color in zip(areas.items(), COLORS, strict=True) if any(area)}
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.stackplot(tokens, *areas, labels=list(GROUPS), colors=COLORS, linewidth=0)
+    axes.stackplot(
+        tokens, *(areas[label] for label in shown), labels=list(shown), colors=list(shown.values()), linewidth=0
+    )
     stored = [0.0] + [point.report.stored_bytes / 2**20 for point in points]
     dense = [0.0] + [point.dense_bytes / 2**20 for point in points]
     axes.plot(tokens, stored, color="#102a43", marker="o", markersize=4, linewidth=1.5)

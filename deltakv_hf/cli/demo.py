@@ -14,7 +14,8 @@ from rich.live import Live
 
 from ..attach import attach
 from ..cache import DeltaKVCache
-from ..config import DeltaKVConfig
+from ..compressor.kv_compressor import KVCompressor
+from ..config import FREE, DeltaKVConfig
 from ..errors import InvalidOptionError
 from ..evaluation.model import DEMO_MODEL, load_demo_model, load_model
 from ..hf_compat import DynamicCache
@@ -25,15 +26,18 @@ from .chart import POINTS, dense_bytes, draw, measure_growth
 from .console import EXIT_DISAGREE, console, progress_bar
 from .task import Task, own_task, planted_task
 
+DEMO_COMPRESSOR = "smollm2-135m-instruct-10x"
+
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the command line says; `options` are those of `DeltaKVConfig`."""
+    """What the command line says; `options` are those of `DeltaKVConfig` that were given."""
 
     model: str | None
     prompt_file: Path | None
     questions: list[str]
     max_new_tokens: int
+    compressor: str | None
     options: dict
     device: str | None
     dtype: str | None
@@ -44,8 +48,9 @@ class DemoSettings:
 
 def run_demo(settings: DemoSettings) -> int:
     """Runs the demo and returns its exit code: 1 if the answers of the two caches differ, else 0."""
-    options = DeltaKVConfig.from_options(settings.options)
     _check(settings)
+    compressor = _compressor(settings)
+    options = DeltaKVConfig.from_options(settings.options, compressor)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = settings.model or DEMO_MODEL
@@ -53,7 +58,8 @@ def run_demo(settings: DemoSettings) -> int:
         model, tokenizer = _load(bar, name, settings)
         task = _task(model, tokenizer, settings, options)
         ids = torch.tensor([task.ids], device=model.device)
-        caches = DynamicCache(config=model.config), DeltaKVCache(model, **settings.options)
+        how = settings.options | {"compressor": compressor}
+        caches = DynamicCache(config=model.config), DeltaKVCache(model, **how)
         seconds = [
             _prefill(bar, f"{label} reads {len(task.ids):,} tokens", model, cache, ids)
             for label, cache in zip(("full cache", "DeltaKVCache"), caches, strict=True)
@@ -63,9 +69,9 @@ def run_demo(settings: DemoSettings) -> int:
     with progress_bar() as bar:
         fidelity = _fidelity(bar, model, caches, task, pairs)
         growing = bar.add_task("memory against context", total=POINTS)
-        points = measure_growth(model, ids, settings.options, lambda: bar.advance(growing))
+        points = measure_growth(model, ids, how, lambda: bar.advance(growing))
         bar.update(growing, completed=POINTS)
-    figures = fig.setting_figures(model, name, task, options) | {
+    figures = fig.setting_figures(model, name, task, options, compressor) | {
         "asked": len(task.asks),
         "agree": all(a.ids == b.ids for a, b in pairs),
         "answers": _answers(task, pairs, texts),
@@ -84,6 +90,14 @@ def run_demo(settings: DemoSettings) -> int:
         settings.json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     _show(figures, settings.out)
     return 0 if figures["agree"] else EXIT_DISAGREE
+
+
+def _compressor(settings: DemoSettings) -> KVCompressor | None:
+    """The one asked for, or the bundled one if nothing says otherwise."""
+    name = settings.compressor
+    if name is None and settings.model is None and set(settings.options) <= set(FREE):
+        name = DEMO_COMPRESSOR
+    return KVCompressor.from_pretrained(name) if name else None
 
 
 def check_last_block(task: Task, options: DeltaKVConfig, compressed: int) -> None:

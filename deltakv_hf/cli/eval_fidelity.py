@@ -12,7 +12,7 @@ from ..evaluation.fidelity import Fidelity, measure_fidelity
 from ..evaluation.texts import BUNDLED_TEXT
 from ..evaluation.windows import text_windows
 from .console import console
-from .eval_setup import EvalSettings, prepare, progress, write_result
+from .eval_setup import EvalSettings, prepare, print_compressor, progress, write_result
 
 
 def run_fidelity(
@@ -28,6 +28,8 @@ def run_fidelity(
     dtype = str(model.dtype).removeprefix("torch.")
     title = f"{context:,} tokens stored, {predict:,} predicted, windows: {len(windows)}, {dtype}"
     console.print(fidelity_table(title, results))
+    for name, fidelity in results.items():
+        print_compressor(name, fidelity.mean("compressor_bytes"), fidelity.mean("break_even_tokens"))
     sources = [{"text": path.name, "window": number} for path in texts for number in range(num_windows)]
     rows = [
         caches[name].source

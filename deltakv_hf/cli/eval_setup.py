@@ -14,13 +14,14 @@ import torch
 from rich.progress import track
 
 from ..cache import DeltaKVCache
+from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
 from ..evaluation.model import DEMO_MODEL, load_by_name
 from ..evaluation.steps import environment
 from ..files import write_atomically
 from ..hf_compat import Cache
 from .arguments import check_output, command_line
-from .console import console
+from .console import console, size
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,7 @@ class Candidate:
 def candidates(settings: EvalSettings) -> list[Candidate]:
     """The caches asked for, or `DeltaKVCache` as it comes; none is made yet."""
     texts = settings.options or ([] if settings.compressors else ["{}"])
-    found = [_with_options(text) for text in texts]
-    if settings.compressors and not hasattr(DeltaKVCache, "from_pretrained"):
-        raise InvalidOptionError(
-            f"`--compressor` must be left out: this version has no learned compressors, got "
-            f"{settings.compressors[0]!r}. Use `--options`."
-        )
-    for name in settings.compressors:
-        found.append(Candidate(name, {"compressor": name}, partial(_with_compressor, name)))
+    found = [_with_options(text) for text in texts] + [_with_compressor(name) for name in settings.compressors]
     return list({candidate.name: candidate for candidate in found}.values())
 
 
@@ -76,8 +70,9 @@ def _with_options(text: str) -> Candidate:
     return Candidate(name, {"options": options}, lambda model: DeltaKVCache(model, **options))
 
 
-def _with_compressor(name: str, model) -> Cache:
-    return DeltaKVCache.from_pretrained(name, model=model)
+def _with_compressor(name: str) -> Candidate:
+    compressor = KVCompressor.from_pretrained(name)
+    return Candidate(name, {"compressor": name}, lambda model: DeltaKVCache(model, compressor=compressor))
 
 
 def prepare(settings: EvalSettings):
@@ -94,6 +89,13 @@ def prepare(settings: EvalSettings):
         # an option that is refused is refused before hours of work
         cache.make(model)
     return model, tokenizer, {cache.name: cache for cache in caches}
+
+
+def print_compressor(name: str, num_bytes: float, break_even_tokens: float) -> None:
+    """What a table's shares leave out: the compressor itself. Nothing is printed of a cache without one."""
+    if num_bytes:
+        even = f"as many as {break_even_tokens:,.0f} compressed tokens save"
+        console.print(f"{name}: the compressor itself, shared by all caches, takes {size(num_bytes)}, {even}.")
 
 
 def progress(description: str) -> Callable:

@@ -13,7 +13,7 @@ from ..evaluation.runner import FULL, run_tasks
 from ..evaluation.scores import TaskScores
 from ..evaluation.tasks import Task, pick_tasks
 from .console import console
-from .eval_setup import EvalSettings, prepare, progress, write_result
+from .eval_setup import EvalSettings, prepare, print_compressor, progress, write_result
 
 NOTE = (
     "EM: share of items whose answer is right in every token; tokens: share of right answer tokens. Below them: 95 % "
@@ -50,6 +50,8 @@ def run_eval_tasks(
     for task in tasks:
         console.print(task_table(task, [scores for scores in results if scores.task == task.name]))
     console.print(NOTE)
+    for scores in {scores.cache: scores for scores in results}.values():
+        print_compressor(scores.cache, *scores.shares[-1][2:])
     rows = [(caches[scores.cache].source if scores.cache != FULL else {}) | scores.summary() for scores in results]
     how = {"prefill_chunk": prefill_chunk, "text": text and text.name, "classes": [path.name for path in classes]}
     write_result(settings, model, how, rows)

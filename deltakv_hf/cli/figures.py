@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 from rich.table import Table
 
+from ..config import FREE
 from ..evaluation.fidelity import compare
 from .answers import Answer, same_inputs
 from .chart import Point
@@ -75,11 +76,13 @@ def memory_figures(points: list[Point], dense: int, report) -> dict:
         "ratio": report.stored_bytes / dense,
         "parts": report.parts,
         "compressed_tokens": report.compressed_tokens,
+        "compressor_bytes": report.compressor_bytes,
+        "break_even_tokens": report.break_even_tokens,
         "growth": growth,
     }
 
 
-def setting_figures(model, name: str, task: Task, options) -> dict:
+def setting_figures(model, name: str, task: Task, options, compressor) -> dict:
     """What ran, where and with which versions."""
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -91,7 +94,9 @@ def setting_figures(model, name: str, task: Task, options) -> dict:
         },
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "options": asdict(options),
+        "compressor": compressor and compressor.name,
+        # a compressor fixes all others
+        "options": {name: value for name, value in asdict(options).items() if compressor is None or name in FREE},
         "prompt": {
             "tokens": len(task.ids),
             "sha256": hashlib.sha256(torch.tensor(task.ids).numpy().tobytes()).hexdigest(),
@@ -143,6 +148,10 @@ def memory_table(figures: dict) -> Table:
         table.add_row("full cache, were it 16-bit", size(half), "50.0%")
         table.caption = f"DeltaKVCache is {stored / half:.1%} of a 16-bit full cache"
         table.caption_justify = "left"
+    if memory["compressor_bytes"]:
+        table.add_section()
+        table.add_row("compressor, shared by all caches", size(memory["compressor_bytes"]))
+        table.add_row("  as much as is saved by", f"{memory['break_even_tokens']:,} tokens")
     return table
 
 

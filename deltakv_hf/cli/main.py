@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'deltakv-hf[demo]'") from error
 
-from .arguments import Device, Dtype, Threads
+from .arguments import Device, Dtype, Threads, given
 from .console import readable_errors
 from .eval import eval_app
 
@@ -21,11 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Nbits = Annotated[int, typer.Option(help="Bits per stored residual number: 2, 4 or 8.")]
-ReferenceNbits = Annotated[int, typer.Option(help="Bits per stored number of a reference: 2, 4 or 8.")]
-ReferenceStride = Annotated[int, typer.Option(help="One token in so many is a reference.")]
-RecentWindow = Annotated[int, typer.Option(help="Newest tokens that stay as they are.")]
-SinkTokens = Annotated[int, typer.Option(help="First tokens that stay as they are.")]
+Nbits = Annotated[int | None, typer.Option(help="Bits per stored residual number: 2, 4 (default) or 8.")]
+ReferenceNbits = Annotated[int | None, typer.Option(help="Bits per stored number of a reference: 2, 4 or 8 (default).")]
+ReferenceStride = Annotated[int | None, typer.Option(help="One token in so many is a reference. Default: 32.")]
+RecentWindow = Annotated[
+    int | None, typer.Option(help="Newest tokens that stay as they are. Default: 128, 64 with a compressor.")
+]
+SinkTokens = Annotated[int | None, typer.Option(help="First tokens that stay as they are. Default: 4.")]
 
 app.add_typer(eval_app, name="eval")
 
@@ -43,11 +45,18 @@ def demo(
         list[str] | None, typer.Option(help="Asked after your text; may be repeated. Without it the text is continued.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer after your text.")] = 64,
-    nbits: Nbits = 4,
-    reference_nbits: ReferenceNbits = 8,
-    reference_stride: ReferenceStride = 32,
-    recent_window: RecentWindow = 128,
-    num_sink_tokens: SinkTokens = 4,
+    compressor: Annotated[
+        str | None,
+        typer.Option(
+            help="Compressor for the model: id on the Hub, folder or bundled name. Default: the bundled one at a tenth "
+            "for the demo's own model, none with --nbits, --reference-nbits or --reference-stride."
+        ),
+    ] = None,
+    nbits: Nbits = None,
+    reference_nbits: ReferenceNbits = None,
+    reference_stride: ReferenceStride = None,
+    recent_window: RecentWindow = None,
+    num_sink_tokens: SinkTokens = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -68,9 +77,8 @@ def demo(
             "recent_window": recent_window,
             "num_sink_tokens": num_sink_tokens,
         }
-        settings = DemoSettings(
-            model, prompt_file, question or [], max_new_tokens, options, device, dtype, threads, out, json_file
-        )
+        asked = prompt_file, question or [], max_new_tokens
+        settings = DemoSettings(model, *asked, compressor, given(options), device, dtype, threads, out, json_file)
         code = run_demo(settings)
     raise typer.Exit(code)
 
@@ -78,9 +86,9 @@ def demo(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
-    nbits: Nbits = 4,
-    reference_nbits: ReferenceNbits = 8,
-    reference_stride: ReferenceStride = 32,
+    nbits: Nbits = None,
+    reference_nbits: ReferenceNbits = None,
+    reference_stride: ReferenceStride = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -90,7 +98,7 @@ def inspect(
         from .inspect import run_inspect
 
         options = {"nbits": nbits, "reference_nbits": reference_nbits, "reference_stride": reference_stride}
-        run_inspect(model, options, device, dtype, as_json)
+        run_inspect(model, given(options), device, dtype, as_json)
 
 
 @app.command("list")
@@ -117,13 +125,20 @@ def calibrate(
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 100_000,
     window: Annotated[int, typer.Option(help="Tokens of a window; the last quarter is predicted.")] = 4096,
-    reference_stride: Annotated[int, typer.Option(help="One token in so many is a reference; 1: none is.")] = 8,
-    heads_per_group: Annotated[int | None, typer.Option(help="Heads coded jointly. Default: all of a layer.")] = None,
+    reference_stride: Annotated[
+        int | None, typer.Option(help="One token in so many is a reference; 1: none is. Default: 8.")
+    ] = None,
+    heads_per_group: Annotated[
+        int | None, typer.Option(help="Heads coded jointly, without references. Default: all of a layer.")
+    ] = None,
     sensitivity_windows: Annotated[int, typer.Option(help="Windows whose predictions are differentiated.")] = 12,
     draws: Annotated[int, typer.Option(help="Answers drawn from each of these predictions.")] = 1,
     measured_windows: Annotated[int | None, typer.Option(help="Windows held out for the report; 0: none.")] = None,
     keep_statistics: Annotated[bool, typer.Option(help="Store second moments in the folder.")] = False,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    workspace: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what was read, for other ratios. Default: none, once done.")
+    ] = None,
     text_license: Annotated[
         list[str] | None, typer.Option(help="FILE=LICENCE of a text, for the model card; may be repeated.")
     ] = None,
@@ -153,4 +168,4 @@ def calibrate(
             "seed": seed,
         }
         places = device, dtype, threads
-        run_calibrate(CalibrateSettings(model, text, out, options, text_license or [], license_, *places))
+        run_calibrate(CalibrateSettings(model, text, out, workspace, options, text_license or [], license_, *places))

@@ -24,7 +24,7 @@ def model_card(config: dict, repo_id: str | None = None) -> str:
         config: of the compressor. Read are `model` (`id`, `revision`), `kind`, `ratio` (bytes compressed over bytes in
             the full cache), `license`, `limits` (list of sentences), `measured` (list of rows, each a dict from column
             to value) and `calibration` with `text` (list of dicts: `source`, `license`, anything more), `command`,
-            `seconds` and `versions` (dict).
+            `device`, `seconds` (dict from stage to number) and `versions` (dict).
         repo_id: "owner/name" of the compressor on the Hub, for the title and the example.
     """
     model, calibration = _dict(config.get("model")), _dict(config.get("calibration"))
@@ -79,8 +79,9 @@ def _made(calibration: dict) -> list[str]:
     if command := _plain(calibration.get("command")):
         # a code span may hold everything but a backtick
         made.append("`" + command.replace("`", "'") + "`")
-    if calibration.get("seconds") is not None:
-        made.append(f"{_number(calibration['seconds'])} seconds")
+    if seconds := _dict(calibration.get("seconds")):
+        stages = ", ".join(f"{_text(stage)} {_number(value)}" for stage, value in seconds.items())
+        made.append(f"seconds on {_text(calibration.get('device') or 'an unknown device')}: {stages}")
     if versions := _dict(calibration.get("versions")):
         made.append(", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(versions.items())))
     return made

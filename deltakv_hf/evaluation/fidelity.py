@@ -30,6 +30,8 @@ class WindowFidelity:
         nll, full_nll: mean negative log likelihood of the true tokens with the cache and with the full cache, nats.
         stored_share: bytes held by the cache over those of the full cache, whole cache, after the context.
         compressed_share: the same of the compressed tokens alone (0 without any).
+        compressor_bytes: of the compressor on the model's devices, which caches share; in neither share.
+        break_even_tokens: compressed tokens that save as much.
     """
 
     kl: float
@@ -38,6 +40,8 @@ class WindowFidelity:
     full_nll: float
     stored_share: float
     compressed_share: float
+    compressor_bytes: int = 0
+    break_even_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def load_demo_model(
         _keep(model, tokenizer, folder)
         loaded = model.to(pick_dtype(dtype)), tokenizer
     model, tokenizer = loaded
+    # whose weights they are, not where they lie: what is noted of the model must mean the same on every machine
+    model.config.name_or_path = f"HuggingFaceTB/{DEMO_MODEL}"
     return model.to(device).eval(), tokenizer
 
 

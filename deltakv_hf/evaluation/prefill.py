@@ -11,10 +11,16 @@ from ..errors import InvalidOptionError
 
 
 class Shares(NamedTuple):
-    """Bytes held over dense bytes: of the whole cache, and of its compressed tokens alone (0 without any)."""
+    """Bytes held over dense bytes: of the whole cache, and of its compressed tokens alone (0 without any).
+
+    `compressor_bytes` are those of the compressor on the model's devices, which caches share and which are in neither;
+    they are saved again after `break_even_tokens` compressed tokens. Both are 0 without a compressor.
+    """
 
     stored: float
     compressed: float
+    compressor_bytes: int = 0
+    break_even_tokens: int = 0
 
 
 @torch.no_grad()
@@ -30,7 +36,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chu
     if not hasattr(cache, "memory_report"):
         return Shares(1.0, 0.0)
     report = cache.memory_report()
-    return Shares(report.ratio, report.compressed_share)
+    return Shares(report.ratio, report.compressed_share, report.compressor_bytes, report.break_even_tokens or 0)
 
 
 def check_chunk(prefill_chunk: int) -> None:

@@ -117,6 +117,8 @@ class TaskScores:
             "nll_change_se": _standard_error(self.nll_changes),
             "stored_share": _mean([shares.stored for shares in self.shares]),
             "compressed_share": _mean([shares.compressed for shares in self.shares]),
+            "compressor_bytes": _mean([shares.compressor_bytes for shares in self.shares]),
+            "break_even_tokens": _mean([shares.break_even_tokens for shares in self.shares]),
             "per_item": [
                 {"seed": seed, "item": number} | vars(item)
                 for seed, context in zip(self.seeds, self.contexts, strict=True)

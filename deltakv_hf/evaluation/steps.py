@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
 
-from .. import DeltaKVCache, __version__
+from .. import DeltaKVCache, KVCompressor, __version__
 from ..files import write_atomically
 
 
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="`demo`, a model id or a folder")
     parser.add_argument("--shape", help="random weights of this shape instead: 8b")
     parser.add_argument("--layers", type=int, default=32, help="layers with --shape")
+    parser.add_argument("--compressor", help="for our cache: bundled name, folder or id on the Hub")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the prompt")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +133,11 @@ def main() -> None:
     # the cost of a step does not depend on which tokens are read
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (args.context,), generator=generator)
-    caches = {"DynamicCache": lambda: DynamicCache(config=model.config), "DeltaKVCache": lambda: DeltaKVCache(model)}
+    compressor = KVCompressor.from_pretrained(args.compressor) if args.compressor else None
+    caches = {
+        "DynamicCache": lambda: DynamicCache(config=model.config),
+        "DeltaKVCache": lambda: DeltaKVCache(model, compressor=compressor),
+    }
     result = {
         "command": "python -m deltakv_hf.evaluation.steps " + " ".join(sys.argv[1:]),
         "environment": environment(model),

@@ -70,7 +70,7 @@ SHAPES = {
 INTERPRETED = tl.constexpr(INTERPRET)
 LAYOUTS = ["F", "A", "B", "Bt", "C", "D", "D2", "E", "E2", "E2s"]
 TILINGS = {"sum": [(32, 2, 2), (64, 4, 2)], "dot": [(64, 4, 2), (64, 4, 3), (128, 8, 3)]}  # tokens, warps, stages
-REFERENCES = 1024
+REFERENCES = 64 if INTERPRET else 1024  # fewer than tokens, so that a mix-up of the two shows
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -413,8 +413,9 @@ def arguments(case, tokens, columns, device):
     out = torch.full((meta["WIDTH"] // min(columns, meta["WIDTH"]), tokens), float("nan"), device=device)
 
     some = torch.randperm(tokens, device=device)[:2048]
-    z = latents[some].double()
-    if case.layout != "F":
+    if case.layout == "F":
+        z = latents[some].double()
+    else:
         z = reference(case.layout, segs, bk, records[some, :payload], tab.double())
     z = z * gain[some, None].double()
     if case.ref:
