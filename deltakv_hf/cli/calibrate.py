@@ -84,6 +84,9 @@ def _check_out(out: Path) -> None:
 
 def _stages(bar) -> Callable[[str, int], Callable[[], None]]:
     def stage(name: str, steps: int) -> Callable[[], None]:
+        if not console.is_terminal:
+            # a file shows a bar only when all is done
+            console.print(f"{name}, {steps} steps")
         task = bar.add_task(name, total=steps)
         return lambda: bar.advance(task)
 
