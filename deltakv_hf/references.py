@@ -84,9 +84,12 @@ def _span(lattice: Lattice, start: int, stop: int, device: torch.device) -> Span
 
 def check_num_references(lattice: Lattice, num_tokens: int) -> None:
     """Raises if `num_tokens` compressed tokens of a row have more references than 16 bits can number."""
+    if lattice.stride == 1 and lattice.growth == 0:
+        # all are references, and none has a number
+        return
     if lattice.count(num_tokens) > MAX_REFERENCES:
         raise CacheStateError(
             f"a row must have at most {MAX_REFERENCES} references (their numbers are 16 bits), got "
             f"{lattice.count(num_tokens)} for {num_tokens} compressed tokens: raise `reference_stride` or "
-            "`reference_growth`."
+            "`reference_growth`, or take a compressor that was made with a larger `reference_stride`, or with 1."
         )

@@ -18,16 +18,16 @@ TIGHT_WINDOW = dict(recent_window=8, block_size=4, num_sink_tokens=2)
 
 def random_codebook(width: int, sizes: list[int], scale: float, generator: torch.Generator) -> Codebook:
     """Codebooks of groups of `sizes` components, one after the other as far as `width` goes."""
-    starts, vectors, steps, place = [], [], [], 0
+    starts, tables, steps, place = [], [], [], 0
     for size in sizes:
         if place + size > width:
             break
-        run, step = to_grid(torch.randn(1, 256, size, generator=generator) * scale)
+        table, step = to_grid(torch.randn(1, 256, size, generator=generator) * scale)
         starts.append(place)
-        vectors.append(run)
+        tables.append(table)
         steps.append(step)
         place += size
-    return Codebook(starts, vectors, steps, width)
+    return Codebook(starts, tables, steps, width)
 
 
 def random_transform(

@@ -105,8 +105,8 @@ def test_the_ratio_is_reached_from_below(shape):
         made = calibrate(model, ids(), ratio=ratio, measured_windows=0)
         assert made.bytes_per_token() <= dense / ratio * (1 + 1e-9)
         assert made.bytes_per_token() >= dense / ratio * (1 - NEAR) - JUMP, (ratio, dense / ratio)
-        assert made.config["ratio"] == pytest.approx(made.bytes_per_token() / dense)
-        assert made.report.share == pytest.approx(made.config["ratio"])
+        assert made.config["share"] == pytest.approx(made.bytes_per_token() / dense)
+        assert made.report.share == pytest.approx(made.config["share"])
         planned = [layer.num_bytes for layer in made.report.layers]
         assert planned == pytest.approx([TransformCompressor(t).bytes_per_token() for t in transforms(made)])
 
@@ -156,7 +156,7 @@ def test_heads_of_different_groups_do_not_meet():
         own = torch.tensor([32 <= start < 64 for start in groups])
         assert torch.equal(codes[..., ~own], changed[..., ~own])
         assert not own.any() or not torch.equal(codes[..., own], changed[..., own])
-        used = transform.decoder.ne(0)
+        used = transform.basis.ne(0)
         of_group = torch.arange(128) % 64 // 16
         assert all(not used[i, of_group != i // 32].any() for i in range(len(used)))
 

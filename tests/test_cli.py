@@ -68,17 +68,17 @@ def test_list_shows_what_is_on_this_machine(tmp_path, monkeypatch):
     assert result.exit_code == 0 and "no compressor here" in result.output
     assert json.loads(run("list", "--json").stdout) == []
 
-    config = {"model": {"id": "someone/[small]"}, "ratio": 0.25}
+    config = {"model": {"id": "someone/[small]"}, "share": 0.25}
     write_folder(tmp_path / "checkpoints" / "small-4x", config, {"a": torch.zeros(9)})
     snapshot = tmp_path / "cache" / "models--someone--compressor" / "snapshots" / commit
     write_folder(snapshot, {}, {})
     (tmp_path / "cache" / "models--someone--model" / "snapshots" / commit).mkdir(parents=True)
     bundled, cached = json.loads(run("list", "--json").stdout)
     assert (bundled["name"], bundled["where"]) == ("small-4x", "bundled")
-    assert (bundled["base_model"], bundled["ratio"]) == ("someone/[small]", 0.25)
+    assert (bundled["base_model"], bundled["share"]) == ("someone/[small]", 0.25)
     assert bundled["bytes"] == (tmp_path / "checkpoints" / "small-4x" / "compressor.safetensors").stat().st_size
     assert (cached["name"], cached["where"], cached["revision"]) == ("someone/compressor", "Hub cache", commit)
-    assert cached["base_model"] is cached["ratio"] is cached["problem"] is None
+    assert cached["base_model"] is cached["share"] is cached["problem"] is None
 
     (snapshot / "config.json").write_text('{"format": "deltakv-compressor", "version": 9}')
     output = run("list").output

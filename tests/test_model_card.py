@@ -12,7 +12,7 @@ from deltakv_hf.compressor.card import model_card
 
 CONFIG = {
     "kind": "linear",
-    "ratio": 0.2917,
+    "share": 0.2917,
     "license": "apache-2.0",
     "model": {"id": "someone/small", "revision": "a" * 40},
     "measured": [
@@ -127,7 +127,7 @@ def filled(text):
     """CONFIG with `text` wherever a text may be."""
     return {
         "kind": text,
-        "ratio": text,
+        "share": text,
         "license": text,
         "model": {"id": text, "revision": text},
         "measured": [{text: text, "kl": text}, {"kl": 1}],

@@ -54,7 +54,8 @@ def test_search_finds_the_nearest_vector_and_the_first_of_equals(size, groups, c
     exact = (grid.clamp(-limit, limit).double()[..., None, :] - table.double()).square().sum(-1)
     assert torch.equal(codes.long(), exact.argmin(-1))
     assert codes.numel() == 0 or codes.max() < 200
-    back = vector_dequantize(codes, [1], [table * step[:, None, None]], x.shape[2])
+    scale = torch.nn.functional.pad(step.repeat_interleave(size), (1, 2))
+    back = vector_dequantize(codes, [1], [table], scale)
     assert back[..., 0].eq(0).all() and back[..., 1 + groups * size :].eq(0).all()
     picked = (table * step[:, None, None]).gather(1, codes[0].T.long().unsqueeze(-1).expand(-1, -1, size))
     assert torch.equal(back[0, :, 1 : 1 + groups * size], picked.transpose(0, 1).flatten(1))
@@ -100,12 +101,11 @@ def test_any_range_reads_back_the_same(count, start, stride):
 @pytest.mark.parametrize("splits", [1, 2, 4])
 def test_components_are_what_the_basis_says(splits):
     transform = compressor(stride=1, splits=splits).transform
-    components = torch.randn(1, 64, transform.decoder.shape[0], generator=torch.Generator().manual_seed(0))
-    tokens = transform.synthesise(components)
-    torch.testing.assert_close(transform.analyse(tokens), components, rtol=1e-3, atol=1e-3)
+    components = torch.randn(1, 64, transform.basis.shape[0], generator=torch.Generator().manual_seed(0))
+    tokens = transform.synthesise(components, transform.decoder())
+    torch.testing.assert_close(transform.analyse(tokens), components, rtol=1e-3, atol=4e-3)
     # a split never looks at another's heads
-    used = transform.encoder.ne(0)
-    assert splits == 1 or not used.all()
+    assert transform.inverse.ne(0).float().mean() <= 1 / splits
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3-partial"])
@@ -218,6 +218,6 @@ def test_tensors_that_do_not_belong_together_are_refused(change, tmp_path):
 
 def test_codebooks_round_to_their_grids():
     book = random_codebook(40, [1, 2, 3, 4, 30], 3.0, torch.Generator().manual_seed(0))
-    for table, run, step, size in zip(book.tables(), book.vectors, book.steps, book.sizes, strict=True):
+    for table, size in zip(book.tables, book.sizes, strict=True):
         assert table.abs().max() == grid_limit(size)
-        assert torch.equal(table * step[:, None, None], run)
+        assert table.dtype == (torch.int8 if grid_limit(size) <= 127 else torch.int16)

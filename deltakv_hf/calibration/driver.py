@@ -209,7 +209,7 @@ class _Run:
         config = {
             "kind": KIND,
             "model": describe_model(self.model),
-            "ratio": sum(plan.num_bytes for plan in plans) / dense,
+            "share": sum(plan.num_bytes for plan in plans) / dense,
             "layers": [records.get(i) for i in range(max(records) + 1)],
             "calibration": {
                 "settings": asdict(self.settings),

@@ -109,7 +109,7 @@ class LayerFit:
         return {f"{name}.statistics.{key}": torch.stack(parts).float().cpu() for key, parts in moments.items()}
 
     def _fit(self, samples: torch.Tensor, cuts: list[Cut]) -> Codebook:
-        starts, vectors, steps = [], [], []
+        starts, tables, steps = [], [], []
         size_of_split = samples.shape[1] // self.num_splits
         generator = torch.Generator().manual_seed(self._seed)
         for split, cut in enumerate(cuts):
@@ -118,11 +118,11 @@ class LayerFit:
                 groups = samples[:, start : start + size * count].unflatten(1, (count, size)).transpose(0, 1)
                 batch = max(1, FIT_BATCH // (256 * groups.shape[1] // 8))
                 fitted = [fit_vectors(part.contiguous(), FIT_ITERATIONS, generator) for part in groups.split(batch)]
-                on_grid, step = to_grid(torch.cat(fitted))
+                table, step = to_grid(torch.cat(fitted))
                 starts.append(start)
-                vectors.append(on_grid)
+                tables.append(table)
                 steps.append(step)
-        return Codebook(starts, vectors, steps, samples.shape[1])
+        return Codebook(starts, tables, steps, samples.shape[1])
 
 
 def _places(length: int, count: int, device: torch.device) -> torch.Tensor:

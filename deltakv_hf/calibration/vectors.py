@@ -70,7 +70,8 @@ def assign(samples: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def to_grid(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds `[groups, 256, size]` to each group's grid: the rounded vectors, and the steps `[groups]`."""
+    """Rounds `[groups, 256, size]` to each group's grid: integers (int8 where they fit, else int16) and the steps."""
     limit = grid_limit(vectors.shape[2])
     steps = (vectors.abs().amax(dim=(1, 2)) / limit).clamp_min(torch.finfo(torch.float32).tiny)
-    return (vectors / steps[:, None, None]).round() * steps[:, None, None], steps
+    table = (vectors / steps[:, None, None]).round()
+    return table.to(torch.int8 if limit <= 127 else torch.int16), steps

@@ -27,7 +27,7 @@ class Entry:
     Attributes:
         name: what `from_pretrained` takes.
         base_model: id of the model that it was made for, or None.
-        ratio: bytes compressed over bytes in the full cache, or None.
+        share: bytes compressed over bytes in the full cache, or None.
         bytes: size of its tensors on disk; None if it cannot be used.
         where: "bundled" or "Hub cache".
         revision: its commit on the Hub, or None.
@@ -37,7 +37,7 @@ class Entry:
 
     name: str
     base_model: str | None
-    ratio: float | None
+    share: float | None
     bytes: int | None
     where: str
     revision: str | None
@@ -68,10 +68,10 @@ def _entry(name: str, path: Path, where: str, revision: str | None) -> Entry:
         num_bytes = (path / TENSORS).stat().st_size
     except (CompressorError, OSError) as error:
         return Entry(name, None, None, None, where, revision, str(path), str(error))
-    model, ratio = config.get("model"), config.get("ratio")
+    model, share = config.get("model"), config.get("share")
     base = model.get("id") if isinstance(model, dict) else None
-    ratio = ratio if isinstance(ratio, (int, float)) else None
-    return Entry(name, base, ratio, num_bytes, where, revision, str(path), None)
+    share = share if isinstance(share, (int, float)) else None
+    return Entry(name, base, share, num_bytes, where, revision, str(path), None)
 
 
 def entry_table(entries: list[Entry]) -> Table:
@@ -79,12 +79,12 @@ def entry_table(entries: list[Entry]) -> Table:
     table = Table(title="compressors on this machine", title_justify="left")
     for header in ("name", "base model"):
         table.add_column(header, overflow="fold")
-    for header in ("ratio", "bytes"):
+    for header in ("share", "bytes"):
         table.add_column(header, justify="right")
     table.add_column("where")
     for entry in entries:
-        ratio = "" if entry.ratio is None else f"{entry.ratio:.1%}"
+        share = "" if entry.share is None else f"{entry.share:.1%}"
         num_bytes = "cannot be used" if entry.bytes is None else f"{entry.bytes:,}"
         where = f"{entry.where}, {entry.revision[:8]}" if entry.revision else entry.where
-        table.add_row(escape(entry.name), escape(str(entry.base_model or "")), ratio, num_bytes, where)
+        table.add_row(escape(entry.name), escape(str(entry.base_model or "")), share, num_bytes, where)
     return table

@@ -21,7 +21,7 @@ def model_card(config: dict, repo_id: str | None = None) -> str:
     """The text of README.md for a compressor. Entries of `config` that are missing are said to be.
 
     Args:
-        config: of the compressor. Read are `model` (`id`, `revision`), `kind`, `ratio` (bytes compressed over bytes in
+        config: of the compressor. Read are `model` (`id`, `revision`), `kind`, `share` (bytes compressed over bytes in
             the full cache), `license`, `limits` (list of sentences), `measured` (list of rows, each a dict from column
             to value) and `calibration` with `text` (list of dicts: `source`, `license`, anything more), `command`,
             `device`, `seconds` (dict from stage to number) and `versions` (dict).
@@ -29,7 +29,7 @@ def model_card(config: dict, repo_id: str | None = None) -> str:
     """
     model, calibration = _dict(config.get("model")), _dict(config.get("calibration"))
     base = _plain(model.get("id"))
-    ratio, licence = config.get("ratio"), config.get("license")
+    share, licence = config.get("share"), config.get("license")
     on_hub = _is_repo_id(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
@@ -44,7 +44,7 @@ def model_card(config: dict, repo_id: str | None = None) -> str:
         base_model=f"[{_text(base)}](https://huggingface.co/{base})" if on_hub else _text(base or "an unknown model"),
         revision=re.sub(r"[^\w./-]", "", _plain(model.get("revision"))),
         kind=_text(config.get("kind") or NOTHING),
-        ratio=f"{ratio:.1%}" if isinstance(ratio, (int, float)) else "not noted",
+        share=f"{share:.1%}" if isinstance(share, (int, float)) else "not noted",
         model_literal=json.dumps(base or "the model", ensure_ascii=False),
         id_literal=json.dumps(_plain(repo_id) or "path/of/this/folder", ensure_ascii=False),
         measured=_table(config.get("measured")),

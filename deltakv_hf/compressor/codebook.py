@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,14 +15,14 @@ class Codebook:
     """Runs of groups of components, one byte a group; components outside of every run are not stored.
 
     Attributes:
-        starts: first component of each run.
-        vectors: of each run, `[groups, 256, size]` float32, integers up to `grid_limit(size)` times the group's step.
-        steps: of each run, `[groups]` float32, widths of the grids.
+        starts: first component of each run, ascending.
+        tables: vectors of each run, `[groups, 256, size]` int8 or int16, integers up to `grid_limit(size)`.
+        steps: of each run, `[groups]` float32: a vector is its integers times the step of its group.
         num_components: components of what is coded.
     """
 
     starts: list[int]
-    vectors: list[torch.Tensor]
+    tables: list[torch.Tensor]
     steps: list[torch.Tensor]
     num_components: int
 
@@ -33,31 +34,35 @@ class Codebook:
     @property
     def sizes(self) -> list[int]:
         """Components that share a byte, of each run."""
-        return [run.shape[2] for run in self.vectors]
+        return [table.shape[2] for table in self.tables]
 
     @property
     def end(self) -> int:
         """Behind the last component that is stored."""
-        ends = [start + run.shape[0] * run.shape[2] for start, run in zip(self.starts, self.vectors, strict=True)]
-        return max(ends, default=0)
+        runs = zip(self.starts, self.tables, strict=True)
+        return max((start + table.shape[0] * table.shape[2] for start, table in runs), default=0)
 
-    def tables(self) -> list[torch.Tensor]:
-        """The vectors as float32 integers on their grids."""
-        return [(run / step[:, None, None]).round_() for run, step in zip(self.vectors, self.steps, strict=True)]
+    @cached_property
+    def scale(self) -> torch.Tensor:
+        """The step of each component's group, `[num_components]` float32; 0 where nothing is stored."""
+        scale = torch.zeros(self.num_components, device=self.steps[0].device if self.steps else None)
+        for start, size, step in zip(self.starts, self.sizes, self.steps, strict=True):
+            scale[start : start + size * len(step)] = step.repeat_interleave(size)
+        return scale
 
     def to(self, device: torch.device) -> Codebook:
         """The same on `device`."""
-        parts = ([part.to(device) for part in held] for held in (self.vectors, self.steps))
+        parts = ([part.to(device) for part in held] for held in (self.tables, self.steps))
         return Codebook(self.starts, *parts, self.num_components)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, num_components]` float32 -> `[batch, tokens, num_bytes]` uint8."""
-        return dispatch.vector_quantize(x, self.starts, self.tables(), self.steps)
+        return dispatch.vector_quantize(x, self.starts, self.tables, self.steps)
 
     def decode(self, codes: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """`[batch, ..., num_bytes]` uint8 -> `[batch, ..., num_components]` float32."""
-        return dispatch.vector_dequantize(codes, self.starts, self.vectors, self.num_components, scratch)
+        return dispatch.vector_dequantize(codes, self.starts, self.tables, self.scale, scratch)
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
-        return [*self.vectors, *self.steps]
+        return [*self.tables, *self.steps, self.scale]

@@ -142,15 +142,20 @@ class KVCompressor:
     def fingerprint(self) -> str:
         """Hash of all that decides what a code means."""
         digest = hashlib.sha256(json.dumps(self.config["layers"], sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors.items()):
+        for name, tensor in sorted(self._coding_tensors.items()):
             digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     @property
+    def _coding_tensors(self) -> dict[str, torch.Tensor]:
+        """All but statistics, which are kept for other compressors."""
+        return {name: tensor for name, tensor in self.tensors.items() if ".statistics." not in name}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the compressor's own tensors, shared by all caches that use it."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes held to code with it, shared by all caches on one device."""
+        return sum(part.nbytes for t in self._transforms if t is not None for part in t.tensors())
 
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, all layers together."""
@@ -183,5 +188,5 @@ class KVCompressor:
         return self
 
     def __repr__(self) -> str:
-        model = self.config.get("model", {}).get("id")
+        model = (self.config.get("model") or {}).get("id")
         return f"KVCompressor({self.name!r} for {model}, {self.bytes_per_token():.0f} bytes a token)"

@@ -1,9 +1,10 @@
 """The calibrated compressor: residuals in a basis fitted to the model, a byte for each group of components.
 
-A token is `x = [K; V]`, all heads joined, keys un-rotated; `z = (x - mean) F` are its components, in the order of
-what an error in them costs the model's predictions. Tokens on the lattice are references: their components are coded
-by themselves. Any other token is `z = prediction * z_reference + residual`, `z_reference` being its nearest reference
-as decoded. References and residuals share one basis, so a reader adds components and projects up once.
+A token is `x = [K; V]`, all heads joined, keys un-rotated; `z = (x - mean) * weights @ inverse` are its components, in
+the order of what an error in them costs the model's predictions, and `x = z @ basis / weights + mean`. Tokens on the
+lattice are references: their components are coded by themselves. Any other token is
+`z = prediction * z_reference + residual`, `z_reference` being its nearest reference as decoded. References and
+residuals share one basis, so a reader adds components and projects up once.
 
 A layer where references do not pay has stride 1: every token is coded by itself, and no residuals are stored.
 """
@@ -46,17 +47,18 @@ class Transform:
 
     Attributes:
         reference_stride: one token in so many is a reference; 1 if all tokens are coded by themselves.
-        mean: `[width]` float32.
-        encoder: `[width, components]` float32.
-        decoder: `[components, width]` float32.
+        mean, weights: `[width]` float32.
+        inverse: `[width, components]` float16.
+        basis: `[components, width]` float16.
         prediction: `[components]` float32, the share of a reference's component that predicts a token's.
         reference_codebook, residual_codebook: of components of references and of residuals.
     """
 
     reference_stride: int
     mean: torch.Tensor
-    encoder: torch.Tensor
-    decoder: torch.Tensor
+    weights: torch.Tensor
+    inverse: torch.Tensor
+    basis: torch.Tensor
     prediction: torch.Tensor
     reference_codebook: Codebook
     residual_codebook: Codebook
@@ -67,7 +69,7 @@ class Transform:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
-        own = [self.mean, self.encoder, self.decoder, self.prediction]
+        own = [self.mean, self.weights, self.inverse, self.basis, self.prediction]
         return own + self.reference_codebook.tensors() + self.residual_codebook.tensors()
 
     def analyse(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -75,16 +77,22 @@ class Transform:
         # in double precision: rounded to single, the sum does not depend on the order that a shape brings with it
         # (MPS has none: there the same token may get another code in rare ties)
         wide = torch.float32 if tokens.device.type == "mps" else torch.float64
-        return ((tokens - self.mean).to(wide) @ self.encoder.to(wide)).float()
+        return (((tokens - self.mean) * self.weights).to(wide) @ self.inverse.to(wide)).float()
 
-    def synthesise(self, components: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    def decoder(self) -> torch.Tensor:
+        """What `synthesise` multiplies by, `[components, width]` float32: made for each read, not held."""
+        return self.basis / self.weights
+
+    def synthesise(
+        self, components: torch.Tensor, decoder: torch.Tensor, scratch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Inverse of `analyse`, into 1-D float32 `scratch` if given."""
         flat = components.flatten(0, -2)
         shape = (*components.shape[:-1], self.mean.shape[0])
         if scratch is None:
-            return torch.addmm(self.mean, flat, self.decoder).view(shape)
+            return torch.addmm(self.mean, flat, decoder).view(shape)
         out = scratch[: flat.shape[0] * shape[-1]].view(-1, shape[-1])
-        return torch.addmm(self.mean, flat, self.decoder, out=out).view(shape)
+        return torch.addmm(self.mean, flat, decoder, out=out).view(shape)
 
 
 class TransformCompressor:
@@ -158,16 +166,23 @@ class TransformCompressor:
         num_references = self.lattice.count(count)
         return store.cut(num_references, count - num_references)
 
-    def references(self, store: TransformStore) -> torch.Tensor | None:
-        """Components of all references times `prediction`, `[batch, num_references, components]`; None at stride 1."""
+    def references(self, store: TransformStore) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What all pieces of a read share.
+
+        Returns:
+            components of all references times `prediction`, `[batch, num_references, components]`, None at stride 1;
+            and the decoder.
+        """
+        decoder = self.transform.decoder()
         if self.lattice.stride == 1:
-            return None
-        return self.transform.reference_codebook.decode(store.reference_codes).mul_(self.transform.prediction)
+            return None, decoder
+        references = self.transform.reference_codebook.decode(store.reference_codes)
+        return references.mul_(self.transform.prediction), decoder
 
     def decode(
         self,
         store: TransformStore,
-        references: torch.Tensor | None,
+        references: tuple[torch.Tensor | None, torch.Tensor],
         start: int,
         stop: int,
         scratch: torch.Tensor | None = None,
@@ -182,14 +197,15 @@ class TransformCompressor:
             what `TokenStore.read_in_pieces` yields, float32.
         """
         transform = self.transform
+        predicted, decoder = references
         out, work = (None, None) if scratch is None else scratch
         codes = store.reference_codes[:, self.lattice.count(start) : self.lattice.count(stop)]
-        own = transform.synthesise(transform.reference_codebook.decode(codes, work), out)
+        own = transform.synthesise(transform.reference_codebook.decode(codes, work), decoder, out)
 
         def others(residual_codes: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
             components = transform.residual_codebook.decode(residual_codes, work)
             # `out` is free until the projection writes it
-            components += dispatch.predict(references, idx, out)
-            return transform.synthesise(components, out)
+            components += dispatch.predict(predicted, idx, out)
+            return transform.synthesise(components, decoder, out)
 
         return store.read_in_pieces(self.lattice, start, stop, own, others)

@@ -38,9 +38,8 @@ def transform_tensors(
     starts = {}
     for part, book in codebooks.items():
         starts[f"{part}_starts"] = book.starts
-        for number, (table, step) in enumerate(zip(book.tables(), book.steps, strict=True)):
-            narrow = torch.int8 if grid_limit(table.shape[2]) <= 127 else torch.int16
-            tensors[f"{name}.{part}.{number}.table"] = table.to(narrow)
+        for number, (table, step) in enumerate(zip(book.tables, book.steps, strict=True)):
+            tensors[f"{name}.{part}.{number}.table"] = table
             tensors[f"{name}.{part}.{number}.step"] = step
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, starts
 
@@ -60,7 +59,7 @@ def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: in
         key_width, value_width = (int(n) for n in record["widths"])
         stride = int(record["reference_stride"])
         starts = {part: [int(n) for n in record[f"{part}_starts"]] for part in ("reference", "residual")}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise reader.wrong("widths, reference_stride and starts of runs", f"an entry without them ({error})") from error
     width = key_width + value_width
     mean, weights = (reader.take(name, torch.float32, (width,)) for name in ("mean", "weights"))
@@ -68,22 +67,23 @@ def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: in
     splits = basis.shape[0]
     if splits == 0 or key_width % splits or value_width % splits or basis.shape[1:] != (width // splits,) * 2:
         raise reader.wrong(f"a basis that is square in its parts of {width} numbers", tuple(basis.shape))
-    if stride < 1 or (stride == 1 and starts["residual"]):
-        raise reader.wrong("a stride of at least 1, and residuals only beyond", f"{stride}")
+    if stride < 1 or (stride == 1 and starts["residual"]) or (stride > 1 and not starts["reference"]):
+        raise reader.wrong("a stride of at least 1, residuals only beyond, and references to predict from", stride)
     prediction = reader.take("prediction", torch.float16, (width,)).float()
     books = {part: _read_codebook(reader, part, starts[part], width) for part in starts}
     used = max(book.end for book in books.values())
-    decoder = spread(basis.double(), key_width) / weights
     # of each part apart: one inverse of all would be the same, but not to the last bit
-    encoder = spread(_inverse(basis.double()).transpose(1, 2), key_width).T * weights[:, None]
-    if not all(part.isfinite().all() for part in (mean, encoder, decoder, prediction)):
+    inverse = spread(_inverse(basis.double()).transpose(1, 2), key_width).T.half()
+    basis = spread(basis, key_width)
+    if not all(part.isfinite().all() for part in (mean, weights, 1 / weights, inverse, basis, prediction)):
         raise reader.wrong("finite numbers and a basis that can be inverted", "others")
     books = {part: replace(book, num_components=used) for part, book in books.items()}
     return Transform(
         stride,
         mean,
-        encoder[:, :used].float().contiguous(),
-        decoder[:used].float().contiguous(),
+        weights,
+        inverse[:, :used].contiguous(),
+        basis[:used].contiguous(),
         prediction[:used].contiguous(),
         books["reference"],
         books["residual"],
@@ -104,21 +104,25 @@ def spread(parts: torch.Tensor, key_width: int) -> torch.Tensor:
 
 
 def _read_codebook(reader, part: str, starts: list[int], width: int) -> Codebook:
-    vectors, steps = [], []
+    tables, steps, covered = [], [], 0
     for number, start in enumerate(starts):
         table = reader.take(f"{part}.{number}.table", (torch.int16, torch.int8), (None, 256, None))
         groups, _, size = table.shape
         step = reader.take(f"{part}.{number}.step", torch.float32, (groups,))
-        if start < 0 or start + groups * size > width or table.int().abs().max() > grid_limit(size):
-            raise reader.wrong(f"runs inside of {width} components", f"{groups} x {size} from {start}")
+        end = start + groups * size
+        if not covered <= start < end <= width:
+            rule = f"runs that follow one another inside of {width} components, none of them empty"
+            raise reader.wrong(rule, f"{groups} x {size} from {start}")
+        if table.int().abs().max() > grid_limit(size):
+            raise reader.wrong(
+                f"integers up to {grid_limit(size)} in vectors of {size}", table.int().abs().max().item()
+            )
         if not (step.isfinite() & (step > 0)).all():
             raise reader.wrong("steps that are finite and above 0", "others")
-        vectors.append(table.float() * step[:, None, None])
+        tables.append(table)
         steps.append(step)
-    places = sorted((start, start + run.shape[0] * run.shape[2]) for start, run in zip(starts, vectors, strict=True))
-    if any(stop > start for (_, stop), (start, _) in zip(places, places[1:], strict=False)):
-        raise reader.wrong("runs that do not overlap", places)
-    return Codebook(starts, vectors, steps, width)
+        covered = end
+    return Codebook(starts, tables, steps, width)
 
 
 def _inverse(basis: torch.Tensor) -> torch.Tensor:

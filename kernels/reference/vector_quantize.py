@@ -21,14 +21,14 @@ def grid_limit(size: int) -> int:
 
 
 def vector_quantize(
-    x: torch.Tensor, starts: list[int], codebooks: list[torch.Tensor], steps: list[torch.Tensor]
+    x: torch.Tensor, starts: list[int], tables: list[torch.Tensor], steps: list[torch.Tensor]
 ) -> torch.Tensor:
     """Finds the nearest vector of each group.
 
     Args:
         x: `[batch, tokens, components]` float32.
         starts: first component of each run.
-        codebooks: of each run, `[groups, 256, size]` float32 holding integers up to `grid_limit(size)`.
+        tables: of each run, `[groups, 256, size]` integers up to `grid_limit(size)`.
         steps: of each run, `[groups]` float32, the width of the grid.
 
     Returns:
@@ -38,10 +38,10 @@ def vector_quantize(
     place = 0
     # autocast would round the integers to 16 bits
     with torch.autocast(x.device.type, enabled=False):
-        for start, codebook, step in zip(starts, codebooks, steps, strict=True):
-            groups, _, size = codebook.shape
-            square = codebook.square().sum(-1).unsqueeze(1)
-            vectors = codebook.transpose(1, 2)
+        for start, table, step in zip(starts, tables, steps, strict=True):
+            groups, _, size = table.shape
+            vectors = table.float().transpose(1, 2)
+            square = vectors.square().sum(1).unsqueeze(1)
             for first in range(0, x.shape[1], TOKEN_TILE):
                 tile = x[:, first : first + TOKEN_TILE, start : start + groups * size]
                 on_grid = _to_grid(tile.unflatten(-1, (groups, size)), step, grid_limit(size))
@@ -57,35 +57,35 @@ def vector_quantize(
 def vector_dequantize(
     codes: torch.Tensor,
     starts: list[int],
-    vectors: list[torch.Tensor],
-    num_components: int,
+    tables: list[torch.Tensor],
+    scale: torch.Tensor,
     scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Inverse of `vector_quantize`; components outside of every run are zero.
 
     Args:
         codes: `[batch, ..., bytes]` uint8.
-        starts: first component of each run.
-        vectors: of each run, `[groups, 256, size]` float32: codebooks times their steps.
-        num_components: components of the result.
+        starts: first component of each run, ascending; runs do not overlap.
+        tables: of each run, `[groups, 256, size]` integers.
+        scale: `[components]` float32, the step of the group that holds each.
         scratch: 1-D float32 to hold the result.
 
     Returns:
-        `[batch, ..., num_components]` float32.
+        `[batch, ..., components]` float32.
     """
-    shape = (*codes.shape[:-1], num_components)
+    shape = (*codes.shape[:-1], len(scale))
     out = codes.new_empty(shape, dtype=torch.float32) if scratch is None else scratch[: math.prod(shape)].view(shape)
     place, covered = 0, 0
-    for start, run in sorted(zip(starts, vectors, strict=True), key=lambda pair: pair[0]):
-        groups, _, size = run.shape
+    for start, table in zip(starts, tables, strict=True):
+        groups, _, size = table.shape
         out[..., covered:start] = 0
         rows = torch.arange(0, 256 * groups, 256, device=codes.device, dtype=torch.int32)
         idx = codes[..., place : place + groups].to(torch.int32).add_(rows)
-        picked = run.view(-1, size).index_select(0, idx.flatten())
+        picked = table.view(-1, size).index_select(0, idx.flatten())
         covered, place = start + groups * size, place + groups
         out[..., start:covered] = picked.view(*shape[:-1], groups * size)
     out[..., covered:] = 0
-    return out
+    return out.mul_(scale)
 
 
 def _to_grid(x: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Tensor:
