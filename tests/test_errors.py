@@ -500,8 +500,8 @@ def test_token_that_does_not_fill_bytes():
 
 def test_too_many_references():
     """Their numbers are 16 bits wide: beyond that an error, never a wrapped number."""
-    cache = DeltaKVCache(tiny_model("llama"), recent_window=0, num_sink_tokens=0, block_size=1, reference_stride=1)
-    length = 2**16 + 1
+    cache = DeltaKVCache(tiny_model("llama"), recent_window=0, num_sink_tokens=0, block_size=1, reference_stride=2)
+    length = 2**17 + 1
     part = torch.zeros(1, 1, length, 2)
     cache.layers[0].receive_tables(torch.ones(1, length, 2), torch.zeros(1, length, 2))
     with pytest.raises(CacheStateError, match="65536.*reference_stride"):

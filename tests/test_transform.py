@@ -15,6 +15,7 @@ from deltakv_hf import CacheStateError, CompressorError, DeltaKVCache, InvalidOp
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.compressor.folder import read_folder, write_folder
 from deltakv_hf.compressor.transform_tensors import read_transform
+from deltakv_hf.references import Lattice, check_num_references
 
 
 def compressor(stride=4, splits=1, widths=(16, 16)):
@@ -147,6 +148,22 @@ def test_a_folder_gives_the_compressor_back(tmp_path):
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
+def test_statistics_are_no_part_of_what_codes_mean():
+    made = random_compressor(tiny_model("llama"))
+    more = KVCompressor(made.config, made.tensors | {"layers.0.statistics.covariance": torch.eye(32)[None]})
+    assert (more.fingerprint, more.nbytes) == (made.fingerprint, made.nbytes)
+    assert "layers.0.statistics.covariance" in more.tensors
+    assert repr(KVCompressor(made.config | {"model": None}, made.tensors))
+
+
+def test_tokens_that_are_all_references_have_no_limit():
+    """Regression: 65,536 tokens were too many for a compressor without references."""
+    check_num_references(Lattice(1), 10**6)
+    for lattice in (Lattice(2), Lattice(1, 1e-9)):
+        with pytest.raises(CacheStateError, match="65536 references"):
+            check_num_references(lattice, 10**6)
+
+
 def test_a_saved_cache_asks_for_its_compressor(tmp_path):
     model = tiny_model("llama")
     made = random_compressor(model)
@@ -198,6 +215,8 @@ def replace_tensor(name, change):
         lambda config, tensors: config["layers"][0].update(reference_stride=0),
         lambda config, tensors: config["layers"][0].update(reference_starts=[0, 0]),
         lambda config, tensors: config["layers"][0].update(reference_starts=[-1]),
+        lambda config, tensors: config["layers"][0].update(reference_starts=[], residual_starts=[]),
+        lambda config, tensors: config["layers"][0]["reference_starts"].reverse(),
         lambda config, tensors: config["layers"][1].update(residual_starts=[0]),
         replace_tensor("layers.0.mean", lambda t: t[:-1]),
         replace_tensor("layers.0.mean", lambda t: t * torch.nan),
@@ -206,6 +225,7 @@ def replace_tensor(name, change):
         replace_tensor("layers.0.basis", lambda t: t.float()),
         replace_tensor("layers.0.reference.0.table", lambda t: t * 0 + torch.iinfo(t.dtype).max),
         replace_tensor("layers.0.reference.0.table", lambda t: t[:, :-1]),
+        replace_tensor("layers.0.reference.0.table", lambda t: t[:, :, :0]),
         replace_tensor("layers.0.reference.0.step", lambda t: -t),
     ],
 )
