@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from commands import assert_refused, run
+from families import BY_NAME
 from models import build, byte_llama, byte_tokenizer, new_model, tiny_model
 
 from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError
@@ -166,6 +167,27 @@ def test_a_group_of_all_heads_is_the_same_as_none():
     options = dict(ratio=4, reference_stride=1, measured_windows=0)
     one, other = (calibrate(model, ids(), heads_per_group=heads, **options) for heads in (None, 2))
     assert same(one, other)
+
+
+def test_heads_are_counted_as_the_cache_holds_them():
+    """Falcon's config says four heads where the cache holds one, and Gemma 4's does not let them be read."""
+    model = BY_NAME["falcon"].model()
+    made = calibrate(model, ids(), ratio=3, heads_per_group=1, measured_windows=0)
+    assert made.config["layers"][0]["widths"] == [8, 8]
+    with pytest.raises(InvalidOptionError, match="`heads_per_group` must divide the 1 key-value heads"):
+        calibrate(model, ids(), ratio=3, heads_per_group=2, measured_windows=0)
+
+
+@pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+def test_layers_that_differ():
+    own = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=16, num_kv_shared_layers=0)
+    layers = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    model = scaled(
+        tf.Gemma4TextConfig, hidden_size=32, intermediate_size=48, vocab_size_per_layer_input=64, **own, **layers
+    )
+    made = calibrate(model, ids(), ratio=3, heads_per_group=1)
+    assert made.config["layers"][0] is None and made.config["layers"][1]["widths"] == [32, 32]
+    assert made.report.fidelity.mean("kl") > 0
 
 
 def test_statistics_are_kept_on_request(tmp_path):

@@ -164,7 +164,7 @@ class _Run:
                 sensitivity_windows=min(settings.sensitivity_windows, len(self.windows)),
                 draws=settings.draws,
                 num_sinks=settings.num_sink_tokens,
-                num_splits=lambda keys, values: settings.num_splits(self.model.config, keys, values),
+                num_splits=settings.num_splits,
                 seed=settings.seed,
                 advance=self.progress("reading text", len(self.windows)),
             )

@@ -72,13 +72,11 @@ class CalibrationSettings:
         """Last tokens of a window, which are predicted."""
         return self.window // 4
 
-    def num_splits(self, config, key_width: int, value_width: int) -> int:
-        """Parts of a layer that are coded apart."""
+    def num_splits(self, heads: int) -> int:
+        """Parts that a layer of so many key-value heads is coded in."""
         if self.heads_per_group is None:
             return 1
-        text = config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        if heads % self.heads_per_group or key_width % heads or value_width % heads:
+        if heads % self.heads_per_group:
             raise InvalidOptionError(
                 f"`heads_per_group` must divide the {heads} key-value heads of a layer, got {self.heads_per_group}."
             )
