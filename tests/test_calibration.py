@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from commands import assert_refused, run
-from families import BY_NAME
+from families import BY_NAME, longrope
 from models import build, byte_llama, byte_tokenizer, new_model, tiny_model
 
 from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError
@@ -478,6 +478,31 @@ def test_bad_options_are_refused_before_anything_is_read(options, words, reads):
 def test_bad_texts_are_refused(texts, words, reads):
     with pytest.raises(InvalidOptionError, match=words):
         calibrate(tiny_model("llama"), texts, ratio=4)
+    assert not reads
+
+
+def test_windows_beyond_the_positions_of_the_model_are_refused(reads):
+    """A model with learnt positions failed with an IndexError, the others calibrated on noise."""
+    with pytest.raises(InvalidOptionError, match="`window` must fit the 512 positions .*got 600: take 512 or less"):
+        calibrate(tiny_model("gpt2"), ids(window=600), ratio=4)
+    short = byte_llama(max_positions=300)
+    with pytest.raises(InvalidOptionError, match="`window` must fit the 300 positions .*got 400: take 300 or less"):
+        calibrate(short, ids(), ratio=4)
+    with pytest.raises(InvalidOptionError, match="`window` must fit the 300 positions .*got 4096: take 300 or less"):
+        calibrate(short, {"one": ["a few words"]}, tokenizer=byte_tokenizer())
+    assert not reads
+    calibrate(short, ids(12, 300), ratio=4, measured_windows=1)
+
+
+@pytest.mark.parametrize("switch, fits", [(200, True), (300, False), (399, False), (400, False), (401, True)])
+def test_windows_over_the_switch_of_a_longrope_model_are_refused(switch, fits, reads):
+    """They failed once all was fitted."""
+    model = build(longrope(switch))
+    if fits:
+        assert calibrate(model, ids(), ratio=4).report.fidelity.mean("kl") > 0
+        return
+    with pytest.raises(InvalidOptionError, match=f"`window` must stay below {switch} .*take {switch - 1} or less"):
+        calibrate(model, ids(), ratio=4)
     assert not reads
 
 

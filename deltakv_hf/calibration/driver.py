@@ -18,9 +18,10 @@ from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KIND, KVCompressor
 from ..compressor.transform_tensors import transform_tensors
 from ..config import check_integer
-from ..errors import InvalidOptionError
+from ..errors import CacheStateError, InvalidOptionError
 from ..hf_compat import host_version
 from ..saving.fingerprint import describe_weights
+from ..support import check_length, longrope_switch
 from .capture import Observer, evaluating
 from .layer_fit import LayerFit
 from .plan import LayerPlan, plan_layers, plan_references
@@ -90,6 +91,7 @@ def calibrate(
         )
     if isinstance(texts, torch.Tensor):
         settings = replace(settings, window=_check_ids(model, texts).shape[1])
+    _check_positions(model, settings)
     with torch.inference_mode(False):
         windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
     if target_kl is not None and not len(held_out):
@@ -328,6 +330,26 @@ def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_wi
         )
     settings.check_enough(len(windows) * (windows.shape[1] - settings.predicted - settings.num_sink_tokens))
     return windows, held_out
+
+
+def _check_positions(model, settings: CalibrationSettings) -> None:
+    """Raises for windows that the model has no positions for, or in which it changes its frequencies."""
+    text = model.config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and settings.window > limit:
+        raise InvalidOptionError(
+            f"`window` must fit the {limit} positions of the model, got {settings.window}: take {limit} or less."
+        )
+    switch = longrope_switch(text)
+    try:
+        check_length(switch, 0, settings.stored)
+        check_length(switch, settings.stored, settings.predicted)
+    except CacheStateError as error:
+        raise InvalidOptionError(
+            f"`window` must stay below {switch} tokens (`original_max_position_embeddings`), where this longrope model "
+            f"changes its frequencies, or go so far beyond that it is read beyond it at once, got {settings.window}: "
+            f"take {switch - 1} or less."
+        ) from error
 
 
 def _check_ids(model, ids: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,11 @@ class CalibrationSettings:
         """Last tokens of a window, which are predicted."""
         return self.window // 4
 
+    @property
+    def stored(self) -> int:
+        """First tokens of a window, which the others are predicted from."""
+        return self.window - self.predicted
+
     def num_splits(self, heads: int) -> int:
         """Parts that a layer of so many key-value heads is coded in."""
         if self.heads_per_group is None:
