@@ -16,6 +16,7 @@ from models import build, byte_llama, byte_tokenizer, new_model, tiny_model
 from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError
 from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report
 from deltakv_hf.calibration.capture import Observer
+from deltakv_hf.calibration.settings import SHORTEST_WINDOW
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.errors import DeltaKVError
 
@@ -239,9 +240,15 @@ def test_other_families(family):
     assert made.report.fidelity.mean("kl") >= 0 and made.report.fidelity.mean("compressed_share") < 0.25
 
 
+def test_the_shortest_window_measures_something():
+    """In shorter ones nothing was compressed: any ratio measured a KL of 0 and met any target."""
+    made = calibrate(tiny_model("llama"), ids(25, SHORTEST_WINDOW + 24)[:, :SHORTEST_WINDOW], ratio=20)
+    assert made.report.fidelity.mean("kl") > 1e-3 and made.report.fidelity.mean("compressed_share") > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    made = calibrate(new_model("llama").to(dtype), ids(), ratio=3, window=64, reference_stride=500)
+    made = calibrate(new_model("llama").to(dtype), ids(), ratio=3, window=200, reference_stride=500)
     assert made.config["calibration"]["dtype"] == str(dtype).removeprefix("torch.")
     assert made.config["calibration"]["settings"]["window"] == WINDOW
     exact = calibrate(tiny_model("llama"), ids(), ratio=3)
@@ -471,7 +478,7 @@ def test_bad_options_are_refused_before_anything_is_read(options, words, reads):
         (ids() - 30, "`texts` must be ids from 0 to 63"),
         (ids()[:3], "`texts` must hold at least 2048 tokens"),
         (ids()[:0], "`texts` must hold at least 2048 tokens"),
-        (ids()[:, :50], "`window` must be an integer >= 64"),
+        (ids()[:, :150], "`window` must be an integer >= 176, got 150"),
         (["a few words"], "`tokenizer` must be given"),
     ],
 )

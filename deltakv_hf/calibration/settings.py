@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ..config import check_integer, refuse_unknown
+from ..config import COMPRESSOR_WINDOW, DeltaKVConfig, check_integer, refuse_unknown
 from ..errors import InvalidOptionError
 
 # tokens without which 256 vectors a group cannot be fitted
 FEWEST_TOKENS = 2048
 REFERENCE_STRIDE = 8
+# what a measured context must hold: all that stays raw, a block that may just be waiting, and one that is compressed;
+# where nothing is, every compressor measures as the full cache
+FEWEST_STORED = DeltaKVConfig.num_sink_tokens + COMPRESSOR_WINDOW + 2 * DeltaKVConfig.block_size
+SHORTEST_WINDOW = -(-FEWEST_STORED * 4 // 3)
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class CalibrationSettings:
 
     Args:
         num_tokens: tokens of text to store and learn from.
-        window: tokens of a window; its last quarter is predicted from the stored rest.
+        window: tokens of a window, 176 at least; its last quarter is predicted from the stored rest.
         reference_stride: one token in so many is a reference where references pay; 1 leaves them out. None takes 8, and
             1 with `heads_per_group`.
         heads_per_group: heads of K and V that are coded jointly, so that a group fits one part of a model that is split
@@ -43,7 +47,7 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         check_integer("num_tokens", self.num_tokens, low=FEWEST_TOKENS)
-        check_integer("window", self.window, low=64)
+        check_integer("window", self.window, low=SHORTEST_WINDOW)
         if self.reference_stride is None:
             object.__setattr__(self, "reference_stride", REFERENCE_STRIDE if self.heads_per_group is None else 1)
         check_integer("reference_stride", self.reference_stride, low=1)
