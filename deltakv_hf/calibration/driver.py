@@ -65,8 +65,8 @@ def calibrate(
         tokenizer: of the model; None loads it from where the model came from.
         workspace: a folder of its own for what was read so far (2 bytes a number of K and V); a run that was broken
             off goes on from it, and it is kept. None takes a temporary one.
-        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source, or a fifth
-            of given ids, 9 at most.
+        measured_windows: windows held out for the report; 0 measures nothing; None takes one for each source, but 4 at
+            least, or a fifth of given ids, and 9 at most.
         progress: told of stages and steps.
         **settings: fields of `CalibrationSettings`.
 
