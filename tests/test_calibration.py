@@ -12,9 +12,11 @@ import transformers as tf
 from commands import assert_refused, run
 from families import BY_NAME, longrope
 from models import build, byte_llama, byte_tokenizer, new_model, tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError
-from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report
+from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report, workspace
 from deltakv_hf.calibration.capture import Observer
 from deltakv_hf.calibration.settings import SHORTEST_WINDOW
 from deltakv_hf.compressor import TransformCompressor
@@ -421,11 +423,33 @@ def test_a_workspace_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    # a name that others use, too
+    for name, content in (("theirs", '{"steps": 1}'), ("list", "[1]"), ("more", '{"key": "a", "b": 1}'), ("text", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "calibration.json").write_text(content)
     before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
-    for name in ("w", "other", "file", "file/below"):
+    for name in ("w", "other", "file", "file/below", "theirs", "list", "more", "text"):
         with pytest.raises(InvalidOptionError, match="`workspace` must be"):
             calibrate(model, ids(seed=1), ratio=4, workspace=tmp_path / name)
     assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("broken", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+@pytest.mark.parametrize("name", ["window-00002", "sensitivity"])
+def test_a_full_disk_is_said(name, broken, tmp_path, monkeypatch, reads):
+    """It was an error of safetensors. What was read before is used when there is room again."""
+    model, options = tiny_model("llama"), dict(ratio=4, sensitivity_windows=3, workspace=tmp_path / "w")
+
+    def full(held, path, *rest):
+        if name in path.name and len(reads) == 3:
+            raise broken
+        save_file(held, path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "save_file", full)
+        with pytest.raises(InvalidOptionError, match="`workspace` must be .* can be written to.*space"):
+            calibrate(model, ids(), **options)
+    assert same(calibrate(model, ids(), **options), calibrate(model, ids(), **options | {"workspace": None}))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -595,13 +619,13 @@ def test_a_command_that_fails_leaves_an_old_folder_as_it_is(folder, texts, tmp_p
     first = command(folder, texts, out, "--ratio", 8)
     assert first.exit_code == 0, first.output
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    workspace = tmp_path / ".c.calibration"
+    place = tmp_path / ".c.calibration"
     with monkeypatch.context() as patch:
         patch.setattr("deltakv_hf.cli.calibrate._stages", lambda bar: stop_at("fitting codebooks", 1))
         with pytest.raises(Stop):
             command(folder, texts, out, "--ratio", 4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [workspace.name, "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [place.name, "c"]
     with monkeypatch.context() as patch:
         patch.setattr("deltakv_hf.cli.calibrate._stages", lambda bar: stop_at("fitting codebooks", 1))
         with pytest.raises(Stop):
@@ -615,7 +639,7 @@ def test_a_command_that_fails_leaves_an_old_folder_as_it_is(folder, texts, tmp_p
         patch.setattr(Observer, "gradients", never)
         assert command(folder, texts, out, "--ratio", 4).exit_code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} != before
-    assert not workspace.exists()
+    assert not place.exists()
 
 
 def test_a_workspace_is_kept_for_another_ratio(folder, texts, tmp_path, reads):
@@ -641,7 +665,14 @@ def test_what_the_command_cannot_do_is_refused_at_once(folder, texts, tmp_path, 
     (made / "config.json").write_text('{"format": "deltakv-compressor"}')
     (made / "runs").mkdir()
     assert_refused(command(folder, texts, made), "--out", made)
+    # these were found out once all was fitted
+    below, long = tmp_path / "file" / "below", tmp_path / ("n" * 300)
+    for out in (below, below / "further", long):
+        for place in ([], ["--workspace", tmp_path / "w"]):
+            assert_refused(command(folder, texts, out, *place), "`--out`", "that can be made", out)
     out = tmp_path / "c"
+    for place in (out, out / "w", out / ".." / "c", tmp_path):
+        assert_refused(command(folder, texts, out, "--workspace", place), "`--workspace`", "apart from `--out`", place)
     assert_refused(command(folder, texts, out, "--ratio", 4, "--target-kl", 0.1), "target_kl", "ratio")
     # after the bars of loading the model
     result = command(folder, texts, out, "--num-tokens", 900_000)
@@ -650,3 +681,13 @@ def test_what_the_command_cannot_do_is_refused_at_once(folder, texts, tmp_path, 
     assert_refused(command(folder, texts, out, "--text-license", "novel=mit"), "--text-license", "novels.txt")
     assert_refused(run("calibrate", folder, "--text", tmp_path / "none.txt", "--out", out), "none.txt")
     assert not out.exists() and not reads
+
+
+def test_an_out_that_may_not_be_written_is_refused_at_once(folder, texts, tmp_path, monkeypatch):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    # root may write everywhere
+    monkeypatch.setattr("os.access", lambda path, *_: locked != path)
+    for out in (locked / "c", locked / "new" / "c"):
+        assert_refused(command(folder, texts, out, "--workspace", tmp_path / "w"), "`--out`", out, "may not be written")
+    assert not (tmp_path / "w").exists()
