@@ -96,5 +96,5 @@ class CalibrationSettings:
         if tokens < FEWEST_TOKENS:
             raise InvalidOptionError(
                 f"`texts` must hold at least {FEWEST_TOKENS} tokens to store and learn from, got {tokens}: give more "
-                "text."
+                "text, or a larger `num_tokens` to take more of it."
             )
