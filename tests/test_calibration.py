@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import fields
 
@@ -19,6 +20,7 @@ from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVComp
 from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report, workspace
 from deltakv_hf.calibration.capture import Observer
 from deltakv_hf.calibration.settings import SHORTEST_WINDOW
+from deltakv_hf.calibration.texts import read_documents
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.errors import DeltaKVError
 
@@ -542,6 +544,48 @@ def test_too_little_text_is_refused():
         calibrate(byte_llama(), {"one": ["a few words"]}, tokenizer=byte_tokenizer())
 
 
+def test_what_an_error_says_of_tokens_will_do(texts):
+    """It counted those that are predicted as well, in the number given, too: what it advised failed again."""
+    documents, options = read_documents(texts.glob("*.txt")), dict(tokenizer=byte_tokenizer(), window=400, ratio=4)
+    with pytest.raises(InvalidOptionError, match="`num_tokens` must be at most .* got 900000: give more") as caught:
+        calibrate(byte_llama(), documents, num_tokens=900_000, **options)
+    most = int(re.search(r"at most (\d+)", str(caught.value))[1])
+    made = calibrate(byte_llama(), documents, num_tokens=most, **options)
+    assert made.config["calibration"]["windows"] == [most // 300, 400]
+    with pytest.raises(InvalidOptionError, match=f"at most {most}, .* got {most + 1}: give more"):
+        calibrate(byte_llama(), documents, num_tokens=most + 1, **options)
+
+
+def test_a_target_without_held_out_text_is_refused(reads):
+    """Of so few windows of ids none is held out, and the error spoke of an argument that was left out."""
+    few = ids(4, 1000)
+    with pytest.raises(InvalidOptionError, match="`texts` must hold at least 5 windows .*got 4: .*`measured_windows`"):
+        calibrate(tiny_model("llama"), few, target_kl=0.1)
+    assert not reads
+    calibrate(tiny_model("llama"), few, target_kl=100, measured_windows=1)
+
+
+def test_sources_and_the_goal_are_noted(texts):
+    documents = read_documents([texts / "novels.txt", texts / "letters.txt"])
+    options = dict(tokenizer=byte_tokenizer(), window=400, num_tokens=2100, measured_windows=1)
+    noted = calibrate(byte_llama(), documents, **options).config["calibration"]
+    assert noted["text"] == [{"source": name, "license": "not stated"} for name in ("novels.txt", "letters.txt")]
+    assert noted["goal"] == {"ratio": 10.0}
+    noted = calibrate(byte_llama(), documents["novels.txt"] + documents["letters.txt"], target_kl=100, **options).config
+    assert "text" not in noted["calibration"] and noted["calibration"]["goal"] == {"target_kl": 100}
+
+
+def test_a_model_without_a_tokenizer_needs_one_given(tmp_path):
+    """It was an error of transformers."""
+    byte_llama().save_pretrained(tmp_path / "m")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with pytest.raises(InvalidOptionError, match="`tokenizer` must be given for a model that has none"):
+        calibrate(model, {"one": ["a few words"]})
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    with pytest.raises(InvalidOptionError, match="`documents` must hold"):
+        calibrate(model, {"one": ["a few words"]})
+
+
 @pytest.mark.parametrize("broken", ["model.layers.1.self_attn.v_proj.weight", "lm_head.weight"])
 def test_a_model_that_gives_nan_is_refused(broken):
     """Of keys and values, or of predictions alone."""
@@ -606,6 +650,8 @@ def test_the_command_writes_a_compressor(folder, texts, tmp_path, monkeypatch):
     for words in ("novels.txt", "CC0-1.0", "letters.txt", "public domain", "deltakv calibrate", "tiny-llama", "mit"):
         assert words in card, words
     config = json.loads((out / "config.json").read_text())
+    licences = {"novels.txt": "CC0-1.0", "letters.txt": "public domain"}
+    assert {one["source"]: one["license"] for one in config["calibration"]["text"]} == licences
     assert {f.name for f in fields(CalibrationSettings)} == config["calibration"]["settings"].keys()
 
     model = byte_llama()

@@ -63,7 +63,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         )
     calibration = compressor.config["calibration"]
     calibration["command"] = command_line()
-    calibration["text"] = [{"source": name, "license": licenses.get(name, "not stated")} for name in texts]
+    for source in calibration["text"]:
+        source["license"] = licenses.get(source["source"], source["license"])
     if settings.license:
         compressor.config["license"] = settings.license
     report = compressor.report
