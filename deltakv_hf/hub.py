@@ -69,10 +69,17 @@ def resolve_folder(
     Raises:
         CompressorError: there is none, or it cannot be downloaded; the message says what to do.
     """
-    if Path(id_or_path).is_dir():
+    if not isinstance(id_or_path, (str, os.PathLike)):
+        raise CompressorError(
+            "`id_or_path` must be a folder, an id on the Hub (owner/name) or the name of a compressor that comes with "
+            f"the package, got {id_or_path!r}."
+        )
+    # of a name that is too long for a file, `Path` raises
+    exists = os.path.exists(id_or_path)
+    if os.path.isdir(id_or_path):
         return Path(id_or_path)
-    if not isinstance(id_or_path, str) or Path(id_or_path).exists() or id_or_path.startswith(("/", ".", "~")):
-        found = "which is a file" if Path(id_or_path).exists() else "and there is no such folder"
+    if not isinstance(id_or_path, str) or exists or id_or_path.startswith(("/", ".", "~")):
+        found = "which is a file" if exists else "and there is no such folder"
         raise CompressorError(f"`id_or_path` must be a compressor folder, got {str(id_or_path)!r}, {found}.")
     if "/" not in id_or_path:
         return _bundled_folder(id_or_path)
@@ -147,7 +154,8 @@ def cached(cache_dir: str | os.PathLike | None = None) -> list[CachedCompressor]
     """
     try:
         repositories = scan_cache_dir(cache_dir).repos
-    except CacheNotFound:
+    except (CacheNotFound, ValueError):
+        # there is nothing, or a file
         return []
     found = [
         CachedCompressor(repository.repo_id, revision.commit_hash, revision.snapshot_path)

@@ -57,6 +57,22 @@ def test_every_family_is_described_and_accepted_again(family):
     silent(saved, type(config).from_dict(json.loads(json.dumps(config.to_dict()))))
 
 
+def test_a_model_whose_layers_differ_is_described_with_what_differs():
+    """Gemma 4: heads of full layers are wider, and transformers does not let their width be read off the config."""
+    if not hasattr(tf, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    types = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0)
+    config, other = (tf.Gemma4TextConfig(**SMALL, **types, global_head_dim=width) for width in (16, 32))
+    saved = describe_model(config)
+    assert saved["architecture"]["head_dim"] == 8 and saved["architecture"]["num_key_value_heads"] == 2
+    assert describe_model(tf.Gemma4TextConfig())["architecture"]["head_dim"] == 256
+    assert json.loads(json.dumps(saved)) == saved
+    silent(saved, copy.deepcopy(config))
+    silent(saved, tf.Gemma4TextConfig.from_dict(json.loads(json.dumps(config.to_dict()))))
+    with pytest.raises(CompressorError, match="32"):
+        check_model(saved, other)
+
+
 def test_no_two_families_are_taken_for_each_other():
     saved = {name: describe_model(make())["architecture"] for name, make in CONFIGS.items()}
     texts = {name: json.dumps(one, sort_keys=True) for name, one in saved.items()}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import fields
 
@@ -10,11 +11,16 @@ import pytest
 import torch
 import transformers as tf
 from commands import assert_refused, run
+from families import BY_NAME, longrope
 from models import build, byte_llama, byte_tokenizer, new_model, tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError
-from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report
+from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report, workspace
 from deltakv_hf.calibration.capture import Observer
+from deltakv_hf.calibration.settings import SHORTEST_WINDOW
+from deltakv_hf.calibration.texts import read_documents
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.errors import DeltaKVError
 
@@ -168,6 +174,27 @@ def test_a_group_of_all_heads_is_the_same_as_none():
     assert same(one, other)
 
 
+def test_heads_are_counted_as_the_cache_holds_them():
+    """Falcon's config says four heads where the cache holds one, and Gemma 4's does not let them be read."""
+    model = BY_NAME["falcon"].model()
+    made = calibrate(model, ids(), ratio=3, heads_per_group=1, measured_windows=0)
+    assert made.config["layers"][0]["widths"] == [8, 8]
+    with pytest.raises(InvalidOptionError, match="`heads_per_group` must divide the 1 key-value heads"):
+        calibrate(model, ids(), ratio=3, heads_per_group=2, measured_windows=0)
+
+
+@pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+def test_layers_that_differ():
+    own = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=16, num_kv_shared_layers=0)
+    layers = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    model = scaled(
+        tf.Gemma4TextConfig, hidden_size=32, intermediate_size=48, vocab_size_per_layer_input=64, **own, **layers
+    )
+    made = calibrate(model, ids(), ratio=3, heads_per_group=1)
+    assert made.config["layers"][0] is None and made.config["layers"][1]["widths"] == [32, 32]
+    assert made.report.fidelity.mean("kl") > 0
+
+
 def test_statistics_are_kept_on_request(tmp_path):
     model = tiny_model("llama")
     plain = calibrate(model, ids(), ratio=4, measured_windows=0)
@@ -217,9 +244,15 @@ def test_other_families(family):
     assert made.report.fidelity.mean("kl") >= 0 and made.report.fidelity.mean("compressed_share") < 0.25
 
 
+def test_the_shortest_window_measures_something():
+    """In shorter ones nothing was compressed: any ratio measured a KL of 0 and met any target."""
+    made = calibrate(tiny_model("llama"), ids(25, SHORTEST_WINDOW + 24)[:, :SHORTEST_WINDOW], ratio=20)
+    assert made.report.fidelity.mean("kl") > 1e-3 and made.report.fidelity.mean("compressed_share") > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    made = calibrate(new_model("llama").to(dtype), ids(), ratio=3, window=64, reference_stride=500)
+    made = calibrate(new_model("llama").to(dtype), ids(), ratio=3, window=200, reference_stride=500)
     assert made.config["calibration"]["dtype"] == str(dtype).removeprefix("torch.")
     assert made.config["calibration"]["settings"]["window"] == WINDOW
     exact = calibrate(tiny_model("llama"), ids(), ratio=3)
@@ -392,11 +425,33 @@ def test_a_workspace_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    # a name that others use, too
+    for name, content in (("theirs", '{"steps": 1}'), ("list", "[1]"), ("more", '{"key": "a", "b": 1}'), ("text", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "calibration.json").write_text(content)
     before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
-    for name in ("w", "other", "file", "file/below"):
+    for name in ("w", "other", "file", "file/below", "theirs", "list", "more", "text"):
         with pytest.raises(InvalidOptionError, match="`workspace` must be"):
             calibrate(model, ids(seed=1), ratio=4, workspace=tmp_path / name)
     assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("broken", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+@pytest.mark.parametrize("name", ["window-00002", "sensitivity"])
+def test_a_full_disk_is_said(name, broken, tmp_path, monkeypatch, reads):
+    """It was an error of safetensors. What was read before is used when there is room again."""
+    model, options = tiny_model("llama"), dict(ratio=4, sensitivity_windows=3, workspace=tmp_path / "w")
+
+    def full(held, path, *rest):
+        if name in path.name and len(reads) == 3:
+            raise broken
+        save_file(held, path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "save_file", full)
+        with pytest.raises(InvalidOptionError, match="`workspace` must be .* can be written to.*space"):
+            calibrate(model, ids(), **options)
+    assert same(calibrate(model, ids(), **options), calibrate(model, ids(), **options | {"workspace": None}))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -449,7 +504,7 @@ def test_bad_options_are_refused_before_anything_is_read(options, words, reads):
         (ids() - 30, "`texts` must be ids from 0 to 63"),
         (ids()[:3], "`texts` must hold at least 2048 tokens"),
         (ids()[:0], "`texts` must hold at least 2048 tokens"),
-        (ids()[:, :50], "`window` must be an integer >= 64"),
+        (ids()[:, :150], "`window` must be an integer >= 176, got 150"),
         (["a few words"], "`tokenizer` must be given"),
     ],
 )
@@ -459,9 +514,76 @@ def test_bad_texts_are_refused(texts, words, reads):
     assert not reads
 
 
+def test_windows_beyond_the_positions_of_the_model_are_refused(reads):
+    """A model with learnt positions failed with an IndexError, the others calibrated on noise."""
+    with pytest.raises(InvalidOptionError, match="`window` must fit the 512 positions .*got 600: take 512 or less"):
+        calibrate(tiny_model("gpt2"), ids(window=600), ratio=4)
+    short = byte_llama(max_positions=300)
+    with pytest.raises(InvalidOptionError, match="`window` must fit the 300 positions .*got 400: take 300 or less"):
+        calibrate(short, ids(), ratio=4)
+    with pytest.raises(InvalidOptionError, match="`window` must fit the 300 positions .*got 4096: take 300 or less"):
+        calibrate(short, {"one": ["a few words"]}, tokenizer=byte_tokenizer())
+    assert not reads
+    calibrate(short, ids(12, 300), ratio=4, measured_windows=1)
+
+
+@pytest.mark.parametrize("switch, fits", [(200, True), (300, False), (399, False), (400, False), (401, True)])
+def test_windows_over_the_switch_of_a_longrope_model_are_refused(switch, fits, reads):
+    """They failed once all was fitted."""
+    model = build(longrope(switch))
+    if fits:
+        assert calibrate(model, ids(), ratio=4).report.fidelity.mean("kl") > 0
+        return
+    with pytest.raises(InvalidOptionError, match=f"`window` must stay below {switch} .*take {switch - 1} or less"):
+        calibrate(model, ids(), ratio=4)
+    assert not reads
+
+
 def test_too_little_text_is_refused():
     with pytest.raises(InvalidOptionError, match="`documents` must hold"):
         calibrate(byte_llama(), {"one": ["a few words"]}, tokenizer=byte_tokenizer())
+
+
+def test_what_an_error_says_of_tokens_will_do(texts):
+    """It counted those that are predicted as well, in the number given, too: what it advised failed again."""
+    documents, options = read_documents(texts.glob("*.txt")), dict(tokenizer=byte_tokenizer(), window=400, ratio=4)
+    with pytest.raises(InvalidOptionError, match="`num_tokens` must be at most .* got 900000: give more") as caught:
+        calibrate(byte_llama(), documents, num_tokens=900_000, **options)
+    most = int(re.search(r"at most (\d+)", str(caught.value))[1])
+    made = calibrate(byte_llama(), documents, num_tokens=most, **options)
+    assert made.config["calibration"]["windows"] == [most // 300, 400]
+    with pytest.raises(InvalidOptionError, match=f"at most {most}, .* got {most + 1}: give more"):
+        calibrate(byte_llama(), documents, num_tokens=most + 1, **options)
+
+
+def test_a_target_without_held_out_text_is_refused(reads):
+    """Of so few windows of ids none is held out, and the error spoke of an argument that was left out."""
+    few = ids(4, 1000)
+    with pytest.raises(InvalidOptionError, match="`texts` must hold at least 5 windows .*got 4: .*`measured_windows`"):
+        calibrate(tiny_model("llama"), few, target_kl=0.1)
+    assert not reads
+    calibrate(tiny_model("llama"), few, target_kl=100, measured_windows=1)
+
+
+def test_sources_and_the_goal_are_noted(texts):
+    documents = read_documents([texts / "novels.txt", texts / "letters.txt"])
+    options = dict(tokenizer=byte_tokenizer(), window=400, num_tokens=2100, measured_windows=1)
+    noted = calibrate(byte_llama(), documents, **options).config["calibration"]
+    assert noted["text"] == [{"source": name, "license": "not stated"} for name in ("novels.txt", "letters.txt")]
+    assert noted["goal"] == {"ratio": 10.0}
+    noted = calibrate(byte_llama(), documents["novels.txt"] + documents["letters.txt"], target_kl=100, **options).config
+    assert "text" not in noted["calibration"] and noted["calibration"]["goal"] == {"target_kl": 100}
+
+
+def test_a_model_without_a_tokenizer_needs_one_given(tmp_path):
+    """It was an error of transformers."""
+    byte_llama().save_pretrained(tmp_path / "m")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with pytest.raises(InvalidOptionError, match="`tokenizer` must be given for a model that has none"):
+        calibrate(model, {"one": ["a few words"]})
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    with pytest.raises(InvalidOptionError, match="`documents` must hold"):
+        calibrate(model, {"one": ["a few words"]})
 
 
 @pytest.mark.parametrize("broken", ["model.layers.1.self_attn.v_proj.weight", "lm_head.weight"])
@@ -528,6 +650,8 @@ def test_the_command_writes_a_compressor(folder, texts, tmp_path, monkeypatch):
     for words in ("novels.txt", "CC0-1.0", "letters.txt", "public domain", "deltakv calibrate", "tiny-llama", "mit"):
         assert words in card, words
     config = json.loads((out / "config.json").read_text())
+    licences = {"novels.txt": "CC0-1.0", "letters.txt": "public domain"}
+    assert {one["source"]: one["license"] for one in config["calibration"]["text"]} == licences
     assert {f.name for f in fields(CalibrationSettings)} == config["calibration"]["settings"].keys()
 
     model = byte_llama()
@@ -541,13 +665,13 @@ def test_a_command_that_fails_leaves_an_old_folder_as_it_is(folder, texts, tmp_p
     first = command(folder, texts, out, "--ratio", 8)
     assert first.exit_code == 0, first.output
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    workspace = tmp_path / ".c.calibration"
+    place = tmp_path / ".c.calibration"
     with monkeypatch.context() as patch:
         patch.setattr("deltakv_hf.cli.calibrate._stages", lambda bar: stop_at("fitting codebooks", 1))
         with pytest.raises(Stop):
             command(folder, texts, out, "--ratio", 4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [workspace.name, "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [place.name, "c"]
     with monkeypatch.context() as patch:
         patch.setattr("deltakv_hf.cli.calibrate._stages", lambda bar: stop_at("fitting codebooks", 1))
         with pytest.raises(Stop):
@@ -561,7 +685,7 @@ def test_a_command_that_fails_leaves_an_old_folder_as_it_is(folder, texts, tmp_p
         patch.setattr(Observer, "gradients", never)
         assert command(folder, texts, out, "--ratio", 4).exit_code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} != before
-    assert not workspace.exists()
+    assert not place.exists()
 
 
 def test_a_workspace_is_kept_for_another_ratio(folder, texts, tmp_path, reads):
@@ -587,7 +711,14 @@ def test_what_the_command_cannot_do_is_refused_at_once(folder, texts, tmp_path, 
     (made / "config.json").write_text('{"format": "deltakv-compressor"}')
     (made / "runs").mkdir()
     assert_refused(command(folder, texts, made), "--out", made)
+    # these were found out once all was fitted
+    below, long = tmp_path / "file" / "below", tmp_path / ("n" * 300)
+    for out in (below, below / "further", long):
+        for place in ([], ["--workspace", tmp_path / "w"]):
+            assert_refused(command(folder, texts, out, *place), "`--out`", "that can be made", out)
     out = tmp_path / "c"
+    for place in (out, out / "w", out / ".." / "c", tmp_path):
+        assert_refused(command(folder, texts, out, "--workspace", place), "`--workspace`", "apart from `--out`", place)
     assert_refused(command(folder, texts, out, "--ratio", 4, "--target-kl", 0.1), "target_kl", "ratio")
     # after the bars of loading the model
     result = command(folder, texts, out, "--num-tokens", 900_000)
@@ -596,3 +727,13 @@ def test_what_the_command_cannot_do_is_refused_at_once(folder, texts, tmp_path, 
     assert_refused(command(folder, texts, out, "--text-license", "novel=mit"), "--text-license", "novels.txt")
     assert_refused(run("calibrate", folder, "--text", tmp_path / "none.txt", "--out", out), "none.txt")
     assert not out.exists() and not reads
+
+
+def test_an_out_that_may_not_be_written_is_refused_at_once(folder, texts, tmp_path, monkeypatch):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    # root may write everywhere
+    monkeypatch.setattr("os.access", lambda path, *_: locked != path)
+    for out in (locked / "c", locked / "new" / "c"):
+        assert_refused(command(folder, texts, out, "--workspace", tmp_path / "w"), "`--out`", out, "may not be written")
+    assert not (tmp_path / "w").exists()

@@ -170,12 +170,28 @@ def test_what_is_no_texts_is_refused(wrong, message):
         ({"num_tokens": 1, "window": 0}, "`window` must be an integer >= 1, got 0."),
         ({"num_tokens": 1, "num_held_out": -1}, "`num_held_out` must be an integer >= 0, got -1."),
         ({"num_tokens": 1, "num_held_out": True}, "`num_held_out` must be an integer >= 0, got True."),
+        ({"num_tokens": 1, "window": 8, "num_uncounted": 8}, "`num_uncounted` must be an integer from 0 to 7, got 8."),
         ({"num_tokens": 1, "seed": "0"}, "`seed` must be an integer, got '0'."),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(InvalidOptionError, match=re.escape(message)):
         token_windows(TOKENIZER, ["a text"], **options)
+
+
+@given(lengths=lengths, window=windows, seed=seeds, share=st.floats(0, 0.9))
+def test_the_most_tokens_that_an_error_names_will_do(lengths, window, seed, share):
+    """Also where a part of each window does not count; which windows come depends on their number alone."""
+    texts, uncounted = corpus(lengths), int(share * window)
+    options = {"window": window, "seed": seed}
+    if most := most_tokens(texts, num_uncounted=uncounted, **options):
+        assert most % (window - uncounted) == 0
+        made, held_out = token_windows(TOKENIZER, texts, num_tokens=most, num_uncounted=uncounted, **options)
+        plain = token_windows(TOKENIZER, texts, num_tokens=most_tokens(texts, **options), **options)
+        assert torch.equal(made, plain[0]) and torch.equal(held_out, plain[1])
+        message = f"`num_tokens` must be at most {most}, .* got {most + 1}: give more"
+        with pytest.raises(InvalidOptionError, match=message):
+            token_windows(TOKENIZER, texts, num_tokens=most + 1, num_uncounted=uncounted, **options)
 
 
 def test_a_single_document_cannot_be_in_both_parts():

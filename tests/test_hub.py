@@ -280,6 +280,19 @@ def test_a_file_is_no_folder(folder):
         hubs.resolve_folder(folder / "config.json")
 
 
+@pytest.mark.parametrize("wrong", [None, 3, b"folder", ["folder"]])
+def test_what_is_no_name_is_refused(wrong):
+    with pytest.raises(CompressorError, match="`id_or_path` must be a folder, an id on the Hub .*, got "):
+        hubs.resolve_folder(wrong)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "someone/" + "n" * 300, "/" + "n" * 300, Path("n" * 300), "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    """The system's error came through."""
+    with pytest.raises(CompressorError, match="`id_or_path` must be"):
+        hubs.resolve_folder(name)
+
+
 def test_compressors_that_come_with_the_package(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hubs, "BUNDLED", tmp_path / "none")
     assert hubs.bundled() == []
@@ -298,3 +311,5 @@ def test_compressors_that_come_with_the_package(folder, tmp_path, monkeypatch):
 
 def test_no_cache_holds_nothing(tmp_path):
     assert hubs.cached(tmp_path / "none") == []
+    (tmp_path / "file").write_text("")
+    assert hubs.cached(tmp_path / "file") == hubs.cached(tmp_path / "file" / "below") == []

@@ -52,6 +52,7 @@ class Observer:
     Attributes:
         forms: how keys are rotated, by number of each layer that a compressor serves.
         widths: numbers of a token in K and in V, by layer.
+        heads: of K and of V, by layer; configs name the number in many ways, and some mean another one by it.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -65,6 +66,7 @@ class Observer:
         seen = self.read(torch.zeros(2, dtype=torch.int64)).layers
         parts = {layer_idx: (seen[layer_idx].keys, seen[layer_idx].values) for layer_idx in self.forms}
         self.widths = {i: tuple(part.shape[1] * part.shape[3] for part in pair) for i, pair in parts.items()}
+        self.heads = {i: keys.shape[1] for i, (keys, _) in parts.items()}
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> CaptureCache:

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
@@ -18,16 +18,17 @@ from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KIND, KVCompressor
 from ..compressor.transform_tensors import transform_tensors
 from ..config import check_integer
-from ..errors import InvalidOptionError
+from ..errors import CacheStateError, InvalidOptionError
 from ..hf_compat import host_version
 from ..saving.fingerprint import describe_weights
+from ..support import check_length, longrope_switch
 from .capture import Observer, evaluating
 from .layer_fit import LayerFit
 from .plan import LayerPlan, plan_layers, plan_references
 from .report import Report, measure
 from .settings import CalibrationSettings
 from .statistics import Statistics, collect
-from .texts import token_windows
+from .texts import MOST_HELD_OUT, token_windows
 from .workspace import Workspace
 
 # told that a stage of so many steps begins; gives what is called after each step
@@ -37,6 +38,8 @@ TRIES = 4
 # settings that do not change what is read
 AFTER_READING = ("num_tokens", "reference_stride", "keep_statistics")
 LEAST_RATIO, MOST_RATIO = 1.5, 200
+# of so many windows of given ids, one is held out
+FEWEST_IDS = 5
 
 
 def calibrate(
@@ -64,14 +67,14 @@ def calibrate(
         tokenizer: of the model; None loads it from where the model came from.
         workspace: a folder of its own for what was read so far (2 bytes a number of K and V); a run that was broken
             off goes on from it, and it is kept. None takes a temporary one.
-        measured_windows: windows held out for the report; 0 measures nothing; None takes one of each source, or a fifth
-            of given ids, 9 at most.
+        measured_windows: windows held out for the report; 0 measures nothing; None takes one for each source, but 4 at
+            least, or a fifth of given ids, and 9 at most.
         progress: told of stages and steps.
         **settings: fields of `CalibrationSettings`.
 
     Returns:
-        a compressor whose `config` notes the settings, texts, versions, seconds and what was measured, and whose
-        `report` holds the figures of every layer.
+        a compressor whose `config` notes the settings, the goal, the names of several sources, versions, seconds and
+        what was measured, and whose `report` holds the figures of every layer.
 
     Raises:
         InvalidOptionError: an argument is out of range, or there is too little text.
@@ -90,12 +93,11 @@ def calibrate(
         )
     if isinstance(texts, torch.Tensor):
         settings = replace(settings, window=_check_ids(model, texts).shape[1])
+    _check_positions(model, settings)
     with torch.inference_mode(False):
         windows, held_out = _windows(model, texts, tokenizer, settings, measured_windows)
     if target_kl is not None and not len(held_out):
-        raise InvalidOptionError(
-            "`measured_windows` must not be 0 with `target_kl`, which is searched on held-out text."
-        )
+        raise _nothing_held_out(len(windows), measured_windows)
     clock = _Clock()
     place = nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with place as folder, evaluating(model):
@@ -106,6 +108,10 @@ def calibrate(
                 compressor = run.measured(compressor, held_out)
         else:
             compressor = _search(run, held_out, target_kl)
+    calibration = compressor.config["calibration"]
+    calibration["goal"] = {"ratio": ratio} if target_kl is None else {"target_kl": target_kl}
+    if isinstance(texts, Mapping):
+        calibration["text"] = [{"source": str(name), "license": "not stated"} for name in texts]
     return compressor
 
 
@@ -164,7 +170,7 @@ class _Run:
                 sensitivity_windows=min(settings.sensitivity_windows, len(self.windows)),
                 draws=settings.draws,
                 num_sinks=settings.num_sink_tokens,
-                num_splits=lambda keys, values: settings.num_splits(self.model.config, keys, values),
+                num_splits=settings.num_splits,
                 seed=settings.seed,
                 advance=self.progress("reading text", len(self.windows)),
             )
@@ -310,24 +316,69 @@ def check_goal(ratio: float | None, target_kl: float | None) -> float:
 def _windows(model, texts, tokenizer, settings: CalibrationSettings, measured_windows: int | None):
     """Ids to calibrate on and ids held out."""
     if isinstance(texts, torch.Tensor):
-        held = min(9, len(texts) // 5) if measured_windows is None else measured_windows
+        held = min(MOST_HELD_OUT, len(texts) // FEWEST_IDS) if measured_windows is None else measured_windows
         # a copy: ids that were made in inference mode cannot be used outside
         windows, held_out = texts.clone().tensor_split([max(len(texts) - held, 0)])
     else:
         if tokenizer is None and not model.config.name_or_path:
             raise InvalidOptionError("`tokenizer` must be given for a model that was not loaded, got None.")
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+            tokenizer = _tokenizer(model.config.name_or_path)
         windows, held_out = token_windows(
             tokenizer,
             texts,
-            num_tokens=settings.num_tokens * settings.window // (settings.window - settings.predicted),
+            num_tokens=settings.num_tokens,
+            num_uncounted=settings.predicted,
             window=settings.window,
             seed=settings.seed,
             num_held_out=measured_windows,
         )
     settings.check_enough(len(windows) * (windows.shape[1] - settings.predicted - settings.num_sink_tokens))
     return windows, held_out
+
+
+def _nothing_held_out(num_windows: int, measured_windows: int | None) -> InvalidOptionError:
+    """Why there is no `target_kl` without held-out text."""
+    if measured_windows == 0:
+        return InvalidOptionError(
+            "`measured_windows` must not be 0 with `target_kl`, which is searched on held-out text: leave it out."
+        )
+    return InvalidOptionError(
+        f"`texts` must hold at least {FEWEST_IDS} windows of ids with `target_kl`, which is searched on a fifth of "
+        f"them, got {num_windows}: give more, or set `measured_windows`."
+    )
+
+
+def _tokenizer(name: str):
+    """The tokenizer of a model that was loaded by `name`."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InvalidOptionError(
+            f"`tokenizer` must be given for a model that has none where it was loaded from ({name!r}), got None: "
+            f"{reason}"
+        ) from error
+
+
+def _check_positions(model, settings: CalibrationSettings) -> None:
+    """Raises for windows that the model has no positions for, or in which it changes its frequencies."""
+    text = model.config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and settings.window > limit:
+        raise InvalidOptionError(
+            f"`window` must fit the {limit} positions of the model, got {settings.window}: take {limit} or less."
+        )
+    switch = longrope_switch(text)
+    try:
+        check_length(switch, 0, settings.stored)
+        check_length(switch, settings.stored, settings.predicted)
+    except CacheStateError as error:
+        raise InvalidOptionError(
+            f"`window` must stay below {switch} tokens (`original_max_position_embeddings`), where this longrope model "
+            f"changes its frequencies, or go so far beyond that it is read beyond it at once, got {settings.window}: "
+            f"take {switch - 1} or less."
+        ) from error
 
 
 def _check_ids(model, ids: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ..config import check_integer, refuse_unknown
+from ..config import COMPRESSOR_WINDOW, DeltaKVConfig, check_integer, refuse_unknown
 from ..errors import InvalidOptionError
 
 # tokens without which 256 vectors a group cannot be fitted
 FEWEST_TOKENS = 2048
 REFERENCE_STRIDE = 8
+# what a measured context must hold: all that stays raw, a block that may just be waiting, and one that is compressed;
+# where nothing is, every compressor measures as the full cache
+FEWEST_STORED = DeltaKVConfig.num_sink_tokens + COMPRESSOR_WINDOW + 2 * DeltaKVConfig.block_size
+SHORTEST_WINDOW = -(-FEWEST_STORED * 4 // 3)
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class CalibrationSettings:
 
     Args:
         num_tokens: tokens of text to store and learn from.
-        window: tokens of a window; its last quarter is predicted from the stored rest.
+        window: tokens of a window, 176 at least; its last quarter is predicted from the stored rest.
         reference_stride: one token in so many is a reference where references pay; 1 leaves them out. None takes 8, and
             1 with `heads_per_group`.
         heads_per_group: heads of K and V that are coded jointly, so that a group fits one part of a model that is split
@@ -43,7 +47,7 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         check_integer("num_tokens", self.num_tokens, low=FEWEST_TOKENS)
-        check_integer("window", self.window, low=64)
+        check_integer("window", self.window, low=SHORTEST_WINDOW)
         if self.reference_stride is None:
             object.__setattr__(self, "reference_stride", REFERENCE_STRIDE if self.heads_per_group is None else 1)
         check_integer("reference_stride", self.reference_stride, low=1)
@@ -72,13 +76,16 @@ class CalibrationSettings:
         """Last tokens of a window, which are predicted."""
         return self.window // 4
 
-    def num_splits(self, config, key_width: int, value_width: int) -> int:
-        """Parts of a layer that are coded apart."""
+    @property
+    def stored(self) -> int:
+        """First tokens of a window, which the others are predicted from."""
+        return self.window - self.predicted
+
+    def num_splits(self, heads: int) -> int:
+        """Parts that a layer of so many key-value heads is coded in."""
         if self.heads_per_group is None:
             return 1
-        text = config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        if heads % self.heads_per_group or key_width % heads or value_width % heads:
+        if heads % self.heads_per_group:
             raise InvalidOptionError(
                 f"`heads_per_group` must divide the {heads} key-value heads of a layer, got {self.heads_per_group}."
             )
@@ -89,5 +96,5 @@ class CalibrationSettings:
         if tokens < FEWEST_TOKENS:
             raise InvalidOptionError(
                 f"`texts` must hold at least {FEWEST_TOKENS} tokens to store and learn from, got {tokens}: give more "
-                "text."
+                "text, or a larger `num_tokens` to take more of it."
             )

@@ -39,7 +39,7 @@ def collect(
     sensitivity_windows: int,
     draws: int,
     num_sinks: int,
-    num_splits: Callable[[int, int], int],
+    num_splits: Callable[[int], int],
     seed: int,
     advance: Callable[[], None],
 ) -> Statistics:
@@ -50,11 +50,11 @@ def collect(
         sensitivity_windows: first windows whose predictions are differentiated.
         draws: answers drawn from each prediction.
         num_sinks: first tokens, which a cache leaves as they are.
-        num_splits: function of the widths of K and V.
+        num_splits: function of the key-value heads of a layer.
         advance: called after each window.
     """
     # for all layers before the first window: says at once if they cannot be split so
-    splits = {layer_idx: num_splits(*widths) for layer_idx, widths in observer.widths.items()}
+    splits = {layer_idx: num_splits(heads) for layer_idx, heads in observer.heads.items()}
     device = observer.model.device
     sums, count, done = workspace.read_sensitivity(device)
     for number, ids in enumerate(windows):

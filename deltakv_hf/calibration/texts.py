@@ -54,6 +54,7 @@ def token_windows(
     window: int = 4096,
     seed: int = 0,
     num_held_out: int | None = None,
+    num_uncounted: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Cuts windows of tokens for calibration, and some from documents that calibration does not see.
 
@@ -70,6 +71,7 @@ def token_windows(
         seed: another one gives other windows.
         num_held_out: windows to hold out, all from documents set aside, of which there are as few as can be and at
             most half of each source's characters; None takes one for each source, but 4 at least and 9 at most.
+        num_uncounted: tokens of a window that do not count for `num_tokens`.
 
     Returns:
         ids `[n, window]` and ids held out `[m, window]`, int64.
@@ -81,6 +83,7 @@ def token_windows(
         check_integer("num_held_out", num_held_out, low=0)
     check_integer("num_tokens", num_tokens, low=1)
     check_integer("window", window, low=1)
+    check_integer("num_uncounted", num_uncounted, low=0, high=window - 1)
     check_integer("seed", seed)
     sources = [_Source(name, own, seed) for name, own in _check_documents(documents).items()]
     if num_held_out is None:
@@ -94,12 +97,14 @@ def token_windows(
             f"use, at most half of each source, got {len(held_out)}: give more documents (a line that holds a form "
             "feed separates those of a file), or lower `num_held_out` (0 holds none out) or `window`."
         )
-    wanted = -(-num_tokens // window)
+    counted = window - num_uncounted
+    wanted = -(-num_tokens // counted)
     windows = _in_turn([source.windows(cutter) for source in sources], wanted)
     if len(windows) < wanted:
         raise InvalidOptionError(
-            f"`num_tokens` must be at most {len(windows) * window}, what `documents` hold in windows of {window} "
-            f"beside the {num_held_out} held out, got {num_tokens}: give more text, or lower `num_tokens` or `window`."
+            f"`num_tokens` must be at most {len(windows) * counted}, what `documents` hold in windows of {window}"
+            f"{f', of which {counted} count,' if num_uncounted else ''} beside the {num_held_out} held out, got "
+            f"{num_tokens}: give more text, or lower `num_tokens` or `window`."
         )
     empty = torch.empty(0, window, dtype=torch.int64)
     return tuple(torch.stack(part) if part else empty for part in (windows, held_out))

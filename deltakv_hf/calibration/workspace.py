@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,22 +39,37 @@ class Workspace:
             names = os.listdir(self.path)
         except OSError as error:
             raise InvalidOptionError(f"`workspace` must be a folder, got {str(path)!r}: {error}.") from error
-        other = next((name for name in names if not OWN.fullmatch(name)), None)
+        held = self._state() if STATE in names else None
+        other = next((name for name in names if not OWN.fullmatch(name) or name == STATE and held is None), None)
         if other is not None:
             raise InvalidOptionError(
                 f"`workspace` must be a new folder or one of an earlier calibration, got {str(path)!r}, which holds "
                 f"{other!r}. Choose another place."
             )
-        if self._state() != digest:
-            for name in names:
-                (self.path / name).unlink()
-            write_atomically(self.path / STATE, json.dumps({"key": digest}).encode())
+        if held != digest:
+            with self._writing():
+                for name in names:
+                    (self.path / name).unlink()
+                write_atomically(self.path / STATE, json.dumps({"key": digest}).encode())
 
     def _state(self) -> str | None:
+        """The key of what is held; None of a file of that name that is none of ours."""
         try:
-            return json.loads((self.path / STATE).read_bytes())["key"]
-        except (OSError, ValueError, KeyError, TypeError):
+            held = json.loads((self.path / STATE).read_bytes())
+        except (OSError, ValueError, RecursionError):
             return None
+        return held["key"] if isinstance(held, dict) and held.keys() == {"key"} else None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, and a folder that may not be written to, are said as such."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise InvalidOptionError(
+                f"`workspace` must be a folder that can be written to, got {str(self.path)!r}: {error}. Make room "
+                "there (2 bytes a number of K and V), or choose another place; what was read so far is kept."
+            ) from error
 
     def _window(self, number: int) -> Path:
         return self.path / f"window-{number:05d}.safetensors"
@@ -66,7 +83,7 @@ class Workspace:
         # float16 holds all that float16 and most that bfloat16 models store; larger numbers are kept finite
         most = torch.finfo(torch.float16).max
         held = {str(layer_idx): x.clamp(-most, most).half().cpu().contiguous() for layer_idx, x in tokens.items()}
-        with replacing(self._window(number)) as temporary:
+        with self._writing(), replacing(self._window(number)) as temporary:
             save_file(held, temporary)
 
     def read_window(self, number: int, layer_idx: int, device: torch.device) -> torch.Tensor:
@@ -77,7 +94,7 @@ class Workspace:
     def write_sensitivity(self, sums: dict[int, torch.Tensor], count: int, num_windows: int) -> None:
         """Keeps float32 sums of squared gradients `[splits, width, width]` of `count` tokens of `num_windows`."""
         held = {str(layer_idx): x.cpu().contiguous() for layer_idx, x in sums.items()}
-        with replacing(self.path / "sensitivity.safetensors") as temporary:
+        with self._writing(), replacing(self.path / "sensitivity.safetensors") as temporary:
             save_file(held, temporary, {"count": str(count), "num_windows": str(num_windows)})
 
     def read_sensitivity(self, device: torch.device) -> tuple[dict[int, torch.Tensor], int, int]:

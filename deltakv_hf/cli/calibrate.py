@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,11 +46,12 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         torch.set_num_threads(settings.threads)
     check_goal(settings.options["ratio"], settings.options["target_kl"])
     _check_out(settings.out)
+    _check_workspace(settings.workspace, settings.out)
     texts = read_documents(settings.text)
     licenses = _licenses(settings.licenses, list(texts))
     model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
     out = settings.out.resolve()
-    workspace = settings.workspace or out.with_name(f".{out.name}.calibration")
+    workspace = settings.workspace or out.with_name(f".{out.name[:200]}.calibration")
     with progress_bar() as bar:
         compressor = calibrate(
             model,
@@ -61,7 +63,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         )
     calibration = compressor.config["calibration"]
     calibration["command"] = command_line()
-    calibration["text"] = [{"source": name, "license": licenses.get(name, "not stated")} for name in texts]
+    for source in calibration["text"]:
+        source["license"] = licenses.get(source["source"], source["license"])
     if settings.license:
         compressor.config["license"] = settings.license
     report = compressor.report
@@ -74,11 +77,37 @@ def run_calibrate(settings: CalibrateSettings) -> None:
 
 def _check_out(out: Path) -> None:
     """Refuses at once what would be refused once the compressor is made."""
-    inside = list(out.iterdir()) if out.is_dir() else []
-    if out.is_file() or (inside and (not is_compressor(out) or any(entry.is_dir() for entry in inside))):
+    try:
+        inside = list(out.iterdir()) if out.is_dir() else []
+        holds_other = out.is_file() or (inside and (not is_compressor(out) or any(entry.is_dir() for entry in inside)))
+        # the folder is made beside the place that it takes, and its own parents with it
+        above = next(folder for folder in out.resolve().parents if folder.exists())
+    except OSError as error:
+        raise InvalidOptionError(
+            f"`--out` must name a folder that can be made, got {str(out)!r}: {error.strerror}. Choose another place."
+        ) from error
+    if holds_other:
         raise InvalidOptionError(
             f"`--out` must be a new folder or a compressor folder to replace, got {str(out)!r}, which holds something "
             "else."
+        )
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "may not be written to" if above.is_dir() else "is a file"
+        raise InvalidOptionError(
+            f"`--out` must name a folder that can be made, got {str(out)!r}: {str(above)!r} {why}. Choose another "
+            "place."
+        )
+
+
+def _check_workspace(workspace: Path | None, out: Path) -> None:
+    """Refuses a workspace that `out` could not be written beside: each of them takes all of its folder."""
+    if workspace is None:
+        return
+    one, other = workspace.resolve(), out.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise InvalidOptionError(
+            f"`--workspace` must be a folder apart from `--out`, got {str(workspace)!r} and {str(out)!r}: choose one "
+            "beside it."
         )
 
 

@@ -115,7 +115,10 @@ def list_compressors(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
-    text: Annotated[list[Path], typer.Option(help="Text files, UTF-8; a line with a form feed separates documents.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A text file, UTF-8; a line with a form feed separates documents. May be repeated."),
+    ],
     out: Annotated[Path, typer.Option(help="The compressor's folder.")],
     ratio: Annotated[
         float | None, typer.Option(help="Bytes of a 16-bit cache over compressed ones. Default: 10.")
@@ -133,7 +136,9 @@ def calibrate(
     ] = None,
     sensitivity_windows: Annotated[int, typer.Option(help="Windows whose predictions are differentiated.")] = 12,
     draws: Annotated[int, typer.Option(help="Answers drawn from each of these predictions.")] = 1,
-    measured_windows: Annotated[int | None, typer.Option(help="Windows held out for the report; 0: none.")] = None,
+    measured_windows: Annotated[
+        int | None, typer.Option(help="Windows held out for the report; 0: none. Default: one for each text, 4 to 9.")
+    ] = None,
     keep_statistics: Annotated[bool, typer.Option(help="Store second moments in the folder.")] = False,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     workspace: Annotated[

@@ -20,6 +20,9 @@ FLAGS = (
     *("no_rope_layers", "layer_rope_theta", "rope_interleave"),
     *("num_kv_shared_layers", "attention_k_eq_v", "global_head_dim", "num_global_key_value_heads"),
 )
+# what the layers of a config that is not the same for all have of their own (Gemma 4)
+PER_LAYER = "per_layer_config"
+MISSING = object()
 
 
 def describe_model(model: nn.Module | PretrainedConfig) -> dict:
@@ -51,7 +54,7 @@ def check_model(saved: dict, model: nn.Module | PretrainedConfig) -> None:
     """
     running = describe_model(model)
     wanted, given = saved.get("architecture") if isinstance(saved, dict) else None, running["architecture"]
-    if not isinstance(wanted, dict) or not given.keys() - set(FLAGS) <= wanted.keys():
+    if not isinstance(wanted, dict) or not given.keys() - {*FLAGS, PER_LAYER} <= wanted.keys():
         raise CompressorError(
             '`config` must say in "model" what model the compressor was made for, and does not: its config.json was '
             "changed. Download it again or make it again."
@@ -74,20 +77,30 @@ def check_model(saved: dict, model: nn.Module | PretrainedConfig) -> None:
 
 
 def _architecture(config: PretrainedConfig) -> dict:
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    heads, width = _field(config, "num_attention_heads"), _field(config, "hidden_size")
     fields = {
         "model_type": config.model_type,
-        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "num_hidden_layers": _field(config, "num_hidden_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or (width // heads if width and heads else None),
+        "num_key_value_heads": _field(config, "num_key_value_heads") or heads,
+        "head_dim": _field(config, "head_dim") or (width // heads if width and heads else None),
         "hidden_size": width,
-        "layer_types": getattr(config, "layer_types", None),
+        "layer_types": _field(config, "layer_types"),
         "rope": [
             {name: value for name, value in sorted(one.items()) if value is not None} for one in rope_parameters(config)
         ],
     }
-    return fields | {name: getattr(config, name) for name in FLAGS if hasattr(config, name)}
+    flags = {name: _field(config, name, MISSING) for name in FLAGS}
+    flags[PER_LAYER] = config.to_dict().get(PER_LAYER) or MISSING
+    return fields | {name: value for name, value in flags.items() if value is not MISSING}
+
+
+def _field(config: PretrainedConfig, name: str, default: object = None) -> object:
+    try:
+        return getattr(config, name, default)
+    except RuntimeError:
+        # not readable where layers differ in it: what most have; `PER_LAYER` says which ones have something else
+        return config.to_dict().get(name, default)
 
 
 def _public_id(name: str) -> str | None:
