@@ -1,6 +1,7 @@
 """How bytes are allotted to components, and the codebooks of 256 vectors that a byte chooses from."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from deltakv_hf.calibration import allocation
 from deltakv_hf.calibration.allocation import SIZES, LossTable, cut, cut_to_budget, measure_losses
 from deltakv_hf.calibration.basis import fit_basis
+from deltakv_hf.calibration.plan import ID_BYTES, plan_layers, plan_references
 from deltakv_hf.calibration.vectors import NUM_VECTORS, assign, fit_vectors, to_grid
 from deltakv_hf.dispatch import grid_limit
 
@@ -26,6 +28,25 @@ def table(width, seed, decay=0.7, scale=1.0):
 tables = st.builds(
     table, st.integers(1, 40), st.integers(0, 999), st.sampled_from([0.5, 0.9, 1.0]), st.sampled_from([1e-12, 1.0, 1e6])
 )
+
+
+@pytest.mark.parametrize("num_bytes", [20, 60])
+def test_a_plan_counts_references_and_what_they_lose(num_bytes):
+    """A reference serves itself: an average token has its share of the bytes and of the loss of references."""
+    stride = 4
+    layers = [
+        SimpleNamespace(own_losses=[table(40, seed)], residual_losses=[table(40, seed, scale=0.01)], stride=stride)
+        for seed in (1, 2)
+    ]
+    references = plan_references(layers, num_bytes)
+    plans = plan_layers(layers, references, num_bytes)
+    assert all(plan.uses_references for plan in plans)
+    for plan, coded in zip(plans, references, strict=True):
+        (own,), (reference,) = plan.cuts, coded
+        assert reference.loss > 0
+        assert plan.loss == pytest.approx(0.75 * own.loss + 0.25 * reference.loss)
+        assert plan.num_bytes == pytest.approx(0.75 * (own.num_bytes + ID_BYTES) + 0.25 * reference.num_bytes)
+    assert sum(plan.num_bytes for plan in plans) <= num_bytes
 
 
 def check_cut(row, found):

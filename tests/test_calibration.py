@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from deltakv_hf import CompressorError, DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError
 from deltakv_hf.calibration import CalibrationSettings, allocation, calibrate, layer_fit, report, workspace
 from deltakv_hf.calibration.capture import Observer
+from deltakv_hf.calibration.plan import LayerPlan
 from deltakv_hf.calibration.settings import SHORTEST_WINDOW
 from deltakv_hf.calibration.texts import read_documents
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.errors import DeltaKVError
+from deltakv_hf.evaluation.fidelity import Fidelity, WindowFidelity
 
 WINDOWS, WINDOW = 8, 400
 # of the bytes that are asked for, beside the few that a layer takes or leaves at once
@@ -126,6 +128,24 @@ def test_more_bytes_are_closer_to_the_full_cache():
     )
     assert measured[0] < measured[1] / 3 and predicted[0] < predicted[1] / 3
     assert all(0.1 < kl / expected < 10 for kl, expected in zip(measured, predicted, strict=True))
+
+
+def test_what_a_report_predicts_and_shows(monkeypatch):
+    """The KL of a layer is half its loss for every token that a prediction reads; the cache is taken as of 16 bits."""
+    made = calibrate(SHAPES["Llama-3.1-8B"](), ids(), ratio=1 / 0.12, reference_stride=1, measured_windows=0).report
+    # the curve is of tokens coded by themselves, as these are
+    assert sum(layer.predicted_kl for layer in made.layers) == pytest.approx(made.curve[1][1])
+    monkeypatch.setattr(report, "CURVE", ())
+    plans = [LayerPlan(False, [], 12.0, 0.004), LayerPlan(True, [], 8.0, 0.001)]
+    made = report.Report.of([0, 2], [], plans, 200, 300)
+    assert [(layer.layer_idx, layer.predicted_kl) for layer in made.layers] == [(0, 0.6), (2, 0.15)]
+    assert made.share == pytest.approx(0.1)
+    # of tokens in float32, a share of which is compressed
+    for share, whole in ((0.9, "19.0%"), (0.5, "55.0%")):
+        window = WindowFidelity(0.01, 0.99, 2.02, 2.0, stored_share=1 - share * 0.95, compressed_share=0.05)
+        row = replace(made, fidelity=Fidelity([window] * 2)).measured_row()
+        assert row["whole cache"] == whole and row["compressed tokens"] == "10.0%"
+        assert row["kl"] == "0.01000 ± 0.00000" and row["delta_nll"] == "+1.00%" and row["held-out windows"] == 2
 
 
 def test_no_layer_has_references_at_stride_1():
@@ -239,9 +259,10 @@ def test_two_runs_are_equal_and_draw_nothing_from_the_global_generators():
 def test_other_families(family):
     """Sliding layers are left to the host; layers without positions, partial and interleaved rotation are coded."""
     model = tiny_model(family)
-    made = calibrate(model, ids(), ratio=3)
+    made, small = (calibrate(model, ids(), ratio=ratio) for ratio in (3, 30))
     assert len(made.config["layers"]) == 2
-    assert made.report.fidelity.mean("kl") >= 0 and made.report.fidelity.mean("compressed_share") < 0.25
+    assert 0 < made.report.fidelity.mean("kl") < small.report.fidelity.mean("kl") / 1.5
+    assert made.report.fidelity.mean("compressed_share") < 0.25
 
 
 def test_the_shortest_window_measures_something():

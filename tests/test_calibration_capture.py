@@ -1,5 +1,6 @@
 """What calibration sees of a model: tokens, gradients, what errors cost; and that the model is left as it was."""
 
+import copy
 import random
 
 import numpy as np
@@ -129,6 +130,28 @@ def test_gradients_in_half_precision(dtype):
         assert gradient.dtype == torch.float32
         norms = gradient.norm(), expected[layer_idx].norm()
         assert norms[0] > 0 and 0.5 < norms[0] / norms[1] < 2
+
+
+def test_gradients_that_half_precision_could_not_hold():
+    """Those of a model that hardly attends and has small logits: they were scaled up, but down again in float16."""
+    model, ids = new_model("llama"), prompt(1, 60)[0]
+    model.lm_head.weight.mul_(0.01)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.001)
+    model = model.half()
+    exact = copy.deepcopy(model).float()
+    (found,), (expected,) = (
+        o.gradients(o.read(ids[:-10]), ids[-10:], 1, torch.Generator().manual_seed(0))
+        for o in (Observer(model), Observer(exact))
+    )
+    for layer_idx, gradient in found.items():
+        assert (gradient - expected[layer_idx]).norm() < 0.02 * expected[layer_idx].norm()
+
+
+def test_large_numbers_are_kept_finite(tmp_path):
+    workspace = Workspace(tmp_path, {})
+    workspace.write_window(0, {1: torch.tensor([[1e6, -1e6, 3.0]])})
+    assert workspace.read_window(0, 1, torch.device("cpu")).tolist() == [[65504.0, -65504.0, 3.0]]
 
 
 def state_of(model):

@@ -108,12 +108,13 @@ class Observer:
             with torch.enable_grad():
                 loss = likelihoods.gather(1, answers).sum() * (scale / len(ids) ** 0.5)
             found = torch.autograd.grad(loss, leaves, retain_graph=draw < draws - 1)
-            pairs = zip(self.forms, found[::2], found[1::2], strict=True)
-            yield {i: self._unrotate(cache, i, keys[0] / scale, values[0] / scale) for i, keys, values in pairs}
+            # the scale goes in float32: in half precision it would be as if there had been none
+            keys, values = ([part[0].float() / scale for part in parts] for parts in (found[::2], found[1::2]))
+            yield {i: self._unrotate(cache, i, *pair) for i, *pair in zip(self.forms, keys, values, strict=True)}
 
     def _unrotate(self, cache: CaptureCache, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Gradients `[heads, tokens, head_dim]` with respect to rotated keys -> to un-rotated `[K; V]`."""
-        keys, values = (part.float().transpose(0, 1).contiguous() for part in (keys, values))
+        """Gradients `[heads, tokens, head_dim]` float32 with respect to rotated keys -> to un-rotated `[K; V]`."""
+        keys, values = (part.transpose(0, 1).contiguous() for part in (keys, values))
         if self.forms[layer_idx] is not None:
             cos, sin = (table[0].unsqueeze(1) for table in cache.tables[layer_idx])
             rotated = torch.empty_like(keys)
