@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the compressors that come with the package, in deltakv_hf/checkpoints: half an hour on two CPU cores.
+# Makes the compressors that come with the package, in deltakv_hf/checkpoints: forty minutes on two CPU cores.
 #
 #     python examples/build_corpus.py corpus && examples/calibrate_bundled.sh
 #
