@@ -15,6 +15,7 @@ from deltakv_hf import CacheStateError, CompressorError, DeltaKVCache, InvalidOp
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.compressor.folder import read_folder, write_folder
 from deltakv_hf.compressor.transform_tensors import read_transform
+from deltakv_hf.memory import held_bytes
 from deltakv_hf.references import Lattice, check_num_references
 
 
@@ -146,6 +147,15 @@ def test_a_folder_gives_the_compressor_back(tmp_path):
         for cache in caches
     ]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_only_what_is_used_is_held():
+    """Regression: a view of the basis kept all of it."""
+    tensors, record = random_transform(16, 16, 4)
+    record = record | {name: record[name][:5] for name in ("reference_starts", "residual_starts")}
+    transform = read_transform(tensors, record, 0, "a test")
+    assert transform.basis.shape[0] < 32
+    assert held_bytes(transform.tensors()) == sum(part.nbytes for part in transform.tensors())
 
 
 def test_statistics_are_no_part_of_what_codes_mean():

@@ -82,9 +82,10 @@ def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: in
         stride,
         mean,
         weights,
-        inverse[:, :used].contiguous(),
-        basis[:used].contiguous(),
-        prediction[:used].contiguous(),
+        # copies: a view would keep what is not used
+        inverse[:, :used].clone(memory_format=torch.contiguous_format),
+        basis[:used].clone(),
+        prediction[:used].clone(),
         books["reference"],
         books["residual"],
     )
