@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import CacheStateError, UnsupportedModelError
 
@@ -32,6 +32,11 @@ def check_config(config: PretrainedConfig) -> None:
                 f"`model` must keep its RoPE frequencies while it reads, got {name!r} with rope_type='dynamic', which "
                 "changes them. Use rope_type 'yarn' or 'linear'."
             )
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Positions that a model says it has, or None."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def longrope_switch(config: PretrainedConfig) -> int | None:

@@ -63,6 +63,23 @@ def random_compressor(model: PreTrainedModel, stride: int = 4, splits: int = 1) 
     return KVCompressor({"kind": "transform", "model": describe_model(model), "layers": records}, tensors)
 
 
+def append(coder, tokens, edges):
+    """The store after tokens `[batch, n, width]` came in pieces that end at `edges`."""
+    store, start = coder.empty(tokens.shape[0], tokens.device), 0
+    for stop in [*edges, tokens.shape[1]]:
+        store = coder.append(store, None, start, stop, lambda a, b: tokens[:, a:b].clone())
+        start = stop
+    return store
+
+
+def decode(coder, store, count):
+    """Tokens `0 .. count - 1` of every row."""
+    out = torch.full((store.reference_codes.shape[0], count, coder.width), torch.nan)
+    for tokens, pick in coder.decode(store, coder.references(store), 0, count):
+        pick(out).copy_(tokens)
+    return out
+
+
 _MADE: WeakKeyDictionary[PreTrainedModel, KVCompressor] = WeakKeyDictionary()
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from compressors import random_compressor
+from compressors import append, decode, random_compressor
 from models import tiny_model
 
 from deltakv_hf import KVCompressor
@@ -29,16 +29,11 @@ def coded(compressor: KVCompressor) -> list[dict]:
     for layer_idx, record in enumerate(compressor.config["layers"]):
         coder = compressor.layer(layer_idx, *record["widths"], torch.device("cpu"))
         tokens = given_tokens(coder.width)
-        store = coder.append(
-            coder.empty(2, tokens.device), None, 0, NUM_TOKENS, lambda a, b, x=tokens: x[:, a:b].clone()
-        )
-        out = torch.empty_like(tokens)
-        for piece, pick in coder.decode(store, coder.references(store), 0, NUM_TOKENS):
-            pick(out).copy_(piece)
+        store = append(coder, tokens, [])
         stored = {
             name: part.contiguous().view(torch.uint8).numpy().tobytes().hex() for name, part in vars(store).items()
         }
-        layers.append(stored | {"decoded": out[:, -2:].flatten().tolist()})
+        layers.append(stored | {"decoded": decode(coder, store, NUM_TOKENS)[:, -2:].flatten().tolist()})
     return layers
 
 

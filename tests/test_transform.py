@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compressors import TIGHT_WINDOW, random_codebook, random_compressor, random_transform
+from compressors import TIGHT_WINDOW, append, decode, random_codebook, random_compressor, random_transform
 from deltakv_hf.kernels.reference import grid_limit, vector_dequantize, vector_quantize
 from helpers import prompt
 from hypothesis import given
@@ -21,22 +21,6 @@ from deltakv_hf.references import Lattice, check_num_references
 
 def compressor(stride=4, splits=1, widths=(16, 16)):
     return TransformCompressor(read_transform(*random_transform(*widths, stride, splits), 0, "a test"))
-
-
-def append(coder, tokens, edges):
-    """The store after tokens `[batch, n, width]` came in pieces that end at `edges`."""
-    store, start = coder.empty(tokens.shape[0], tokens.device), 0
-    for stop in [*edges, tokens.shape[1]]:
-        store = coder.append(store, None, start, stop, lambda a, b: tokens[:, a:b].clone())
-        start = stop
-    return store
-
-
-def decode(coder, store, count):
-    out = torch.full((store.reference_codes.shape[0], count, coder.width), torch.nan)
-    for tokens, pick in coder.decode(store, coder.references(store), 0, count):
-        pick(out).copy_(tokens)
-    return out
 
 
 def equal(one, other):

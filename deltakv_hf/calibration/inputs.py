@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..errors import CacheStateError, InvalidOptionError
-from ..support import check_length, longrope_switch
+from ..support import check_length, longrope_switch, max_positions
 from .settings import CalibrationSettings
 from .texts import MOST_HELD_OUT, token_windows
 
@@ -34,7 +34,7 @@ def calibration_windows(model, texts, tokenizer, settings: CalibrationSettings, 
             seed=settings.seed,
             num_held_out=measured_windows,
         )
-    settings.check_enough(len(windows) * (windows.shape[1] - settings.predicted - settings.num_sink_tokens))
+    settings.check_enough(len(windows) * (settings.stored - settings.num_sink_tokens))
     return windows, held_out
 
 
@@ -64,13 +64,12 @@ def _tokenizer(name: str):
 
 def check_positions(model, settings: CalibrationSettings) -> None:
     """Raises for windows that the model has no positions for, or in which it changes its frequencies."""
-    text = model.config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and settings.window > limit:
         raise InvalidOptionError(
             f"`window` must fit the {limit} positions of the model, got {settings.window}: take {limit} or less."
         )
-    switch = longrope_switch(text)
+    switch = longrope_switch(model.config.get_text_config(decoder=True))
     try:
         check_length(switch, 0, settings.stored)
         check_length(switch, settings.stored, settings.predicted)
@@ -83,6 +82,7 @@ def check_positions(model, settings: CalibrationSettings) -> None:
 
 
 def check_ids(model, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` themselves; raises unless they are `[windows, tokens]` int64 that the model knows."""
     if ids.ndim != 2 or ids.dtype != torch.int64:
         raise InvalidOptionError(f"`texts` must be int64 ids [windows, tokens], got {ids.dtype} {tuple(ids.shape)}.")
     known = model.get_input_embeddings().weight.shape[0]

@@ -43,8 +43,7 @@ class LayerFit:
         self.bases: list[Basis] = [
             fit_basis([window[split] for window in windows], sensitivity[split]) for split in range(self.num_splits)
         ]
-        each = -(-FIT_SAMPLES // len(windows))
-        samples = [window[:, _places(window.shape[1], each, window.device)] for window in windows]
+        samples = [window[:, _places(window.shape[1], len(windows), window.device)] for window in windows]
         self.own_samples = self._analyse(torch.cat(samples, dim=1))
         self.own_losses = self._measure(self.own_samples)
         self.residual_losses: list[LossTable] = []
@@ -71,12 +70,11 @@ class LayerFit:
     def code_references(self, cuts: list[Cut]) -> None:
         """Fits the references' codebook, codes them, and measures what is left of the other tokens."""
         self.reference_book = book = self.fit_own(cuts)
-        lattice, each = Lattice(self.stride), -(-FIT_SAMPLES // self._tokens.num_windows)
-        pairs = []
+        lattice, pairs = Lattice(self.stride), []
         for tokens in self._tokens():
             parts = split_columns(tokens, self._widths, self.num_splits)
             span = lattice.span(0, len(tokens), tokens.device)
-            keep = _places(len(span.residual_offsets), each, tokens.device)
+            keep = _places(len(span.residual_offsets), self._tokens.num_windows, tokens.device)
             references = book.decode(book.encode(self._analyse(parts[:, span.reference_offsets])[None]))
             others = self._analyse(parts[:, span.residual_offsets[keep]])
             idx = dispatch.nearest_references(others[None], references, span.num_visible[None, keep], 1)
@@ -125,7 +123,7 @@ class LayerFit:
         return Codebook(starts, tables, steps, samples.shape[1])
 
 
-def _places(length: int, count: int, device: torch.device) -> torch.Tensor:
-    """`count` places of `length`, evenly spread; all of them if there are fewer."""
-    count = min(length, count)
+def _places(length: int, num_windows: int, device: torch.device) -> torch.Tensor:
+    """Places of one window's samples, evenly spread over `length`: its part of `FIT_SAMPLES`, or all."""
+    count = min(length, -(-FIT_SAMPLES // num_windows))
     return torch.arange(count, device=device) * length // max(count, 1)

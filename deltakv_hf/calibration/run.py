@@ -109,8 +109,7 @@ class Run:
         }
         compressor = KVCompressor(config, tensors)
         # an error of every stored token of a window's context, each read by every prediction
-        tokens = self.windows.shape[1] - self.settings.predicted
-        compressor.report = Report.of(list(layers), fits, plans, dense, tokens)
+        compressor.report = Report.of(list(layers), fits, plans, dense, self.settings.stored)
         return compressor
 
     def _layer(self, layer_idx: int, layer: LayerFit, plan: LayerPlan) -> tuple[dict, dict]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..calibration.driver import calibrate, check_goal
 from ..calibration.report import Report
 from ..calibration.texts import read_documents
-from ..compressor.folder import is_compressor
+from ..compressor.folder import check_place
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
 from ..evaluation.model import load_by_name
@@ -78,19 +78,13 @@ def run_calibrate(settings: CalibrateSettings) -> None:
 def _check_out(out: Path) -> None:
     """Refuses at once what would be refused once the compressor is made."""
     try:
-        inside = list(out.iterdir()) if out.is_dir() else []
-        holds_other = out.is_file() or (inside and (not is_compressor(out) or any(entry.is_dir() for entry in inside)))
+        check_place(out, "--out")
         # the folder is made beside the place that it takes, and its own parents with it
         above = next(folder for folder in out.resolve().parents if folder.exists())
     except OSError as error:
         raise InvalidOptionError(
             f"`--out` must name a folder that can be made, got {str(out)!r}: {error.strerror}. Choose another place."
         ) from error
-    if holds_other:
-        raise InvalidOptionError(
-            f"`--out` must be a new folder or a compressor folder to replace, got {str(out)!r}, which holds something "
-            "else."
-        )
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "may not be written to" if above.is_dir() else "is a file"
         raise InvalidOptionError(

@@ -51,7 +51,7 @@ def run_eval_tasks(
         console.print(task_table(task, [scores for scores in results if scores.task == task.name]))
     console.print(NOTE)
     for scores in {scores.cache: scores for scores in results}.values():
-        print_compressor(scores.cache, *scores.shares[-1][2:])
+        print_compressor(scores.cache, scores.shares[-1].compressor_bytes, scores.shares[-1].break_even_tokens)
     rows = [(caches[scores.cache].source if scores.cache != FULL else {}) | scores.summary() for scores in results]
     how = {"prefill_chunk": prefill_chunk, "text": text and text.name, "classes": [path.name for path in classes]}
     write_result(settings, model, how, rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import DeltaKVConfig
 from ..errors import InvalidOptionError
 from ..evaluation.texts import read_text
+from ..support import max_positions
 from .facts import FACTS, plant
 
 
@@ -79,7 +80,7 @@ def own_task(model, tokenizer, prompt_file: Path, questions: list[str], max_new_
             f"{options.block_size}), got {len(ids) + (not questions)}: give a longer text or lower `--recent-window`."
         )
     longest = len(ids) + max(len(ask.ids) for ask in asks) + max_new_tokens
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and longest > limit:
         raise InvalidOptionError(
             f"`--prompt-file` with its longest question and answer must fit the {limit} positions of the model, got "

@@ -44,7 +44,7 @@ def write_folder(
         CompressorError: something else is at `path`, or it cannot be written there. Nothing was changed.
     """
     path = Path(path)
-    _check_place(path)
+    check_place(path)
     files = {**_extra_files(extra or {}), TENSORS: _tensor_bytes(tensors)}
     header = {"format": FORMAT, "version": VERSION, "sha256": {TENSORS: _sha256(files[TENSORS])}}
     # the last file to come is the one that makes the folder a compressor
@@ -124,17 +124,20 @@ def is_compressor(path: Path) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path, argument: str = "path") -> None:
+    """Raises `CompressorError` if a compressor folder may not take the place `path`; errors call it `argument`."""
     if path.exists() and not path.is_dir():
-        raise CompressorError(f"`path` must name a folder, got {str(path)!r}, which is a file. Choose another place.")
+        raise CompressorError(
+            f"`{argument}` must name a folder, got {str(path)!r}, which is a file. Choose another place."
+        )
     if path.is_dir():
         inside = list(path.iterdir())
         folder = next((entry for entry in inside if entry.is_dir()), None)
         if inside and (folder or not is_compressor(path)):
             why = f"holds the folder {folder.name!r}" if folder else "is no compressor folder"
             raise CompressorError(
-                f"`path` must be a new folder or a compressor folder to replace, got {str(path)!r}, which {why}: it "
-                "would be lost. Choose another place, or delete it."
+                f"`{argument}` must be a new folder or a compressor folder to replace, got {str(path)!r}, which {why}: "
+                "it would be lost. Choose another place, or delete it."
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidOptionError
+from ..support import max_positions
 from .haystack import Sources, read_sources
 from .items import TaskContext
 from .prefill import check_cache, check_chunk, prefill
@@ -84,7 +85,7 @@ def _context(
 ) -> TaskContext:
     context = task.context(tokenizer, num_tokens, seed, sources)
     longest = len(context.ids) + max(len(item.question) + len(item.answer) for item in context.items)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and longest > limit:
         raise InvalidOptionError(
             f"`lengths` must leave room for questions in the {limit} positions of the model, got {num_tokens}: a "

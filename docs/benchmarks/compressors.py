@@ -41,7 +41,7 @@ def compare(options) -> dict:
     half, _ = load_by_name(options.model, torch.bfloat16, options.device)
     documents = read_documents(sorted(options.train.glob("*.txt")))
     windows, _ = token_windows(
-        tokenizer, documents, num_tokens=options.num_tokens * 4 // 3, window=4096, num_held_out=0
+        tokenizer, documents, num_tokens=options.num_tokens, num_uncounted=1024, window=4096, num_held_out=0
     )
     texts = sorted(options.heldout.glob("*.txt"))
     test = [window for path in texts for window in text_windows(tokenizer, path, 4096, 2)]
