@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .kernels.reference import (
+    Attended,
+    attend,
     dequantize,
     grid_limit,
     nearest_references,
@@ -14,6 +16,8 @@ from .kernels.reference import (
 )
 
 __all__ = [
+    "Attended",
+    "attend",
     "dequantize",
     "grid_limit",
     "nearest_references",

@@ -11,17 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from .compressor import DirectCompressor, TokenStore, TransformCompressor
+from .compressor import DirectCompressor, TransformCompressor
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin, upload, without_autocast
-from .layout import Crop, Flush, FlushGroup, Layout, Step, View
+from .layout import Crop, Flush, FlushGroup, Layout, Step
 from .lazy import lazy_pair
 from .ledger import TokenLedger
+from .reading import StateReader
 from .rope import RopeForm, RopeTables, unrotated_tokens
 from .state import LayerState, append, gather, pick_tokens, write_rows
-
-# working memory of a decode; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
-SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**27}
 
 
 class DeltaKVLayer(CacheLayerMixin):
@@ -153,7 +151,12 @@ class DeltaKVLayer(CacheLayerMixin):
     def _lazy_view(self, state: LayerState, layout: Layout):
         raw = state.pending_keys, state.pending_values
         shapes = [(*part.shape[:2], state.columns, part.shape[-1]) for part in raw]
-        return lazy_pair(lambda: self._decode(state, layout), *shapes, *raw)
+        return lazy_pair(self._reader(state, layout), *shapes, *raw)
+
+    def _reader(self, state: LayerState, layout: Layout) -> StateReader:
+        return StateReader(
+            state, layout, self.compressor, self.form, self.tables, self.ledger.config.num_sink_tokens, self.device
+        )
 
     # -- flush: raw tokens into the store ------------------------------------------------------------------------
 
@@ -207,72 +210,6 @@ class DeltaKVLayer(CacheLayerMixin):
                 angles = self.tables.gather(upload(columns, self.device), rows)
         return unrotated_tokens(self.form, keys, values, angles)
 
-    # -- view: stored bytes back into dense tensors --------------------------------------------------------------
-
-    @without_autocast
-    def _decode(self, state: LayerState, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense keys and values `[batch, heads, columns, head_dim]` of all columns of `state`, standing as `layout`."""
-        compressed, view = layout.compressed, layout.view(self.device)
-        raw_keys = state.sink_keys, state.tail_keys, state.pending_keys
-        raw_values = state.sink_values, state.tail_values, state.pending_values
-        batch, num_sinks = state.sink_keys.shape[0], state.sink_keys.shape[2]
-        total = compressed + sum(part.shape[2] for part in raw_keys)
-        dense = [part.new_empty(*part.shape[:2], total, part.shape[3]) for part in (raw_keys[0], raw_values[0])]
-        behind = num_sinks + compressed
-        self._decode_store(state.store, view, *(states[:, :, num_sinks:behind] for states in dense))
-        for states, (sink, tail, pending) in zip(dense, (raw_keys, raw_values), strict=True):
-            states[:, :, :num_sinks] = sink
-            states[:, :, behind : behind + tail.shape[2]] = tail
-            states[:, :, behind + tail.shape[2] :] = pending
-        keys, values = dense
-        if view is None:
-            return keys, values
-        if total == 0:
-            # nothing but padding, which is read from any place
-            return tuple(part.new_zeros(*part.shape[:2], state.columns, part.shape[3]) for part in dense)
-        first_pending = total - state.pending_keys.shape[2]
-        pending = torch.arange(first_pending, total, device=self.device).expand(batch, -1)
-        slots = torch.cat([view.slots, pending], dim=1)
-        return gather(keys, slots), gather(values, slots)
-
-    def _decode_store(self, store: TokenStore, view: View | None, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Decodes all packed tokens of `store` into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
-        batch, heads, count, head_dim = keys.shape
-        if count == 0:
-            return
-        compressor = self.compressor
-        stride, width, key_width = compressor.lattice.stride, compressor.width, heads * head_dim
-        # the strides that are whole are read without copies; a crop may leave a part of one
-        whole = count // stride * stride
-        budget = SCRATCH_BYTES.get(keys.device.type, SCRATCH_BYTES["cuda"])
-        tile = max(1, budget // (2 * batch * width * 4) // stride) * stride
-        # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
-        size = batch * min(tile, count) * width
-        scratch = torch.empty(2, size, dtype=torch.float32, device=keys.device)
-        references = compressor.references(store)
-        first_column = self.ledger.config.num_sink_tokens
-        edges = sorted({*range(0, whole, tile), whole, count})
-        for start, stop in zip(edges, edges[1:], strict=False):
-            # [batch, n, heads, head_dim], as tokens are coded
-            place_keys, place_values = (states[:, :, start:stop].transpose(1, 2) for states in (keys, values))
-            if self.form is not None:
-                if view is None:
-                    cos, sin = self.tables.rows(slice(None), first_column + start, first_column + stop)
-                else:
-                    cos, sin = self.tables.gather(view.compressed_columns[:, start:stop])
-            for tokens, pick in compressor.decode(store, references, start, stop, scratch[:2]):
-                x_keys, x_values = tokens.split([key_width, width - key_width], dim=-1)
-                x_keys, x_values = x_keys.unflatten(-1, (heads, -1)), x_values.unflatten(-1, (heads, -1))
-                out_keys = pick(place_keys)
-                if self.form is not None:
-                    straight = keys.dtype == torch.float32
-                    rotated = out_keys if straight else scratch[1, : x_keys.numel()].view(x_keys.shape)
-                    self.form.apply(x_keys, pick(cos).unsqueeze(-2), pick(sin).unsqueeze(-2), rotated)
-                    x_keys = rotated
-                if x_keys is not out_keys:
-                    out_keys.copy_(x_keys)
-                pick(place_values).copy_(x_values)
-
     # -- what else the host asks of a layer ----------------------------------------------------------------------
 
     @property
@@ -317,7 +254,7 @@ class DeltaKVLayer(CacheLayerMixin):
             raise CacheStateError(f"layer {self.layer_idx} must hold tokens, got none. Feed the model a prompt first.")
         self.ledger.settle()
         state = self.state.map(lambda part: part.to(self.device))
-        keys, values = self._decode(state, self.ledger.layout)
+        keys, values = self._reader(state, self.ledger.layout).decode()
         padding = self.ledger.padding()
         if padding is not None:
             padding = upload(padding, self.device)[:, None, :, None]

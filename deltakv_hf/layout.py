@@ -74,10 +74,11 @@ class Crop:
 
 @dataclass(frozen=True)
 class View:
-    """Where each column is read from when padding was seen: an index into [sinks | store | tail | pending]."""
+    """Where columns are read from when padding was seen. A slot is a place in [sinks | store | tail | pending]."""
 
-    slots: torch.Tensor  # [batch, merged columns] int64
-    compressed_columns: torch.Tensor  # [batch, most compressed tokens] int64: column of each compressed token
+    slots: torch.Tensor  # [batch, merged columns] int64: slot of each column, any for padding
+    columns: torch.Tensor  # [batch, merged slots] int64: column of each slot, 0 for a slot that is not used
+    unused: torch.Tensor  # [batch, merged slots] bool
 
 
 class Layout:
@@ -106,7 +107,7 @@ class Layout:
     def _make_view(self, device: torch.device) -> View:
         sinks, most = self._num_sink_tokens, self.compressed
         slots = torch.zeros(len(self._counts), self._merged, dtype=torch.int64)
-        places = []
+        used = []
         for row, columns in enumerate(self._row_columns):
             count = self._counts[row]
             columns = columns[columns < self._merged]
@@ -117,12 +118,19 @@ class Layout:
             elif most:
                 slot += sinks + most
             slots[row, columns] = slot
-            places.append(columns[sinks : sinks + count])
-        return View(upload(slots, device), upload(stack(places), device))
+            used.append((slot, columns))
+        width = max((int(slot[-1]) + 1 for slot, _ in used if len(slot)), default=0)
+        columns, unused = (
+            torch.zeros(len(used), width, dtype=torch.int64),
+            torch.ones(len(used), width, dtype=torch.bool),
+        )
+        for row, (slot, column) in enumerate(used):
+            columns[row, slot], unused[row, slot] = column, False
+        return View(upload(slots, device), upload(columns, device), upload(unused, device))
 
     def tensors(self) -> list[torch.Tensor]:
         """Index tensors held."""
-        views = [t for view in self._views.values() for t in (view.slots, view.compressed_columns)]
+        views = [t for view in self._views.values() for t in (view.slots, view.columns, view.unused)]
         return views + (self._row_columns or [])
 
 

@@ -1,14 +1,17 @@
 """Lazy keys and values: tensors with a shape, a dtype and a device, whose numbers are decoded on first use.
 
 A decode step hands such a pair to whatever attention the model runs. Its first touch of either decodes both, once;
-when the layer's attention returns, the pair and the dense numbers die with it.
+when the layer's attention returns, the pair and the dense numbers die with it. Attention of torch itself
+(`scaled_dot_product_attention`) is answered by the reader where it can do without dense numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 # what can be asked of a lazy tensor without decoding it
@@ -32,19 +35,37 @@ _METADATA = {
 }
 
 
-class _Pair:
-    """Both dense tensors of one layer and one forward, once somebody asked for them."""
+class Reader(Protocol):
+    """What a pair is made of."""
 
-    def __init__(self, decode: Callable[[], tuple[torch.Tensor, torch.Tensor]]):
-        self._decode = decode
+    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values."""
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+        """What attention gives, or None if it takes dense keys and values."""
+
+
+class _Pair:
+    """What one layer holds in one forward, and both dense tensors once somebody asked for them."""
+
+    def __init__(self, reader: Reader):
+        self._reader: Reader | None = reader
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._attended = False
 
     def dense(self, which: int) -> torch.Tensor:
         if self._dense is None:
-            self._dense = self._decode()
+            self._dense = self._reader.decode()
             # what the decoding held (stored bytes of before a flush) is not needed any more
-            self._decode = None
+            self._reader = None
         return self._dense[which]
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+        # layers that share keys and values come again with the same pair: then it pays to have them dense
+        if self._dense is not None or self._attended:
+            return None
+        self._attended = True
+        return self._reader.attend(query, mask, scale)
 
 
 class LazyStates(torch.Tensor):
@@ -68,6 +89,10 @@ class LazyStates(torch.Tensor):
         kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
+        if func is F.scaled_dot_product_attention:
+            attended = _attend(*args, **kwargs)
+            if attended is not None:
+                return attended
         args, kwargs = tree_map_only(LazyStates, LazyStates.materialize, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -78,13 +103,27 @@ class LazyStates(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def _attend(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> torch.Tensor | None:
+    """`scaled_dot_product_attention` as a decode step calls it, or None where dense tensors are needed."""
+    is_pair = isinstance(key, LazyStates) and isinstance(value, LazyStates) and key._pair is value._pair
+    if not is_pair or (key._which, value._which) != (0, 1) or is_causal or dropout_p:
+        return None
+    wants_grad = torch.is_grad_enabled() and query.requires_grad
+    heads = key.shape[1]
+    if wants_grad or query.ndim != 4 or query.shape[1] % heads or (query.shape[1] != heads and not enable_gqa):
+        return None
+    return key._pair.attend(query, attn_mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+
+
 def lazy_pair(
-    decode: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    reader: Reader,
     key_shape: tuple[int, ...],
     value_shape: tuple[int, ...],
     key_states: torch.Tensor,
     value_states: torch.Tensor,
 ) -> tuple[LazyStates, LazyStates]:
     """Lazy keys and values of the given shapes, with dtype and device of `key_states` and `value_states`."""
-    pair = _Pair(decode)
+    pair = _Pair(reader)
     return LazyStates(pair, 0, key_shape, key_states), LazyStates(pair, 1, value_shape, value_states)

@@ -55,6 +55,14 @@ class RopeForm:
         first.mul_(cos).add_(second * sin).div_(square)
         second.mul_(cos).sub_(kept * sin).div_(square)
 
+    def paired(self, x: torch.Tensor, num_pairs: int) -> torch.Tensor:
+        """The last axis in another order: both numbers of a rotated pair side by side, pairs first.
+
+        In this order a rotation is a product of complex numbers, and scores stay the same if queries stand in it too.
+        """
+        first, second = self._pairs(x, num_pairs)
+        return torch.cat([torch.stack([first, second], dim=-1).flatten(-2), x[..., 2 * num_pairs :]], dim=-1)
+
     def _pairs(self, x: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.pairing == "half":
             return x[..., :num_pairs], x[..., num_pairs : 2 * num_pairs]

@@ -12,8 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from deltakv_hf import DeltaKVCache
-from deltakv_hf import layer as layer_module
+from deltakv_hf import DeltaKVCache, reading
 from deltakv_hf.config import FREE
 from deltakv_hf.layer import DeltaKVLayer
 
@@ -278,8 +277,8 @@ class StorageTracker(TorchDispatchMode):
 
 def set_scratch_bytes(monkeypatch, size: int) -> None:
     """Decodes in tiles of so many bytes."""
-    held = layer_module.SCRATCH_BYTES
-    monkeypatch.setattr(layer_module, "SCRATCH_BYTES", dict.fromkeys(held, size) if isinstance(held, dict) else size)
+    held = reading.SCRATCH_BYTES
+    monkeypatch.setattr(reading, "SCRATCH_BYTES", dict.fromkeys(held, size) if isinstance(held, dict) else size)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

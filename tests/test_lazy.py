@@ -15,23 +15,31 @@ from models import new_model, tiny_model
 from deltakv_hf import DeltaKVCache
 from deltakv_hf.layer import DeltaKVLayer
 from deltakv_hf.lazy import LazyStates
+from deltakv_hf.reading import StateReader
 
 
 @pytest.fixture
 def decodes(monkeypatch):
     """Decoded layers, each with weak references to its dense tensors and to the dense ones alive before it."""
     calls = []
-    original = DeltaKVLayer._decode
+    original, make_reader = StateReader.decode, DeltaKVLayer._reader
 
-    def decode(self, *args):
+    def reader(layer, *args):
+        made = make_reader(layer, *args)
+        object.__setattr__(made, "layer_idx", layer.layer_idx)
+        return made
+
+    monkeypatch.setattr(DeltaKVLayer, "_reader", reader)
+
+    def decode(self):
         alive = [call for call in calls if any(ref() is not None for ref in call["dense"])]
-        pair = original(self, *args)
+        pair = original(self)
         # keys and values may be views of one tensor; that is what must die
         dense = [weakref.ref(t) for t in pair] + [weakref.ref(t._base) for t in pair if t._base is not None]
         calls.append({"layer": self.layer_idx, "dense": dense, "alive": [call["layer"] for call in alive]})
         return pair
 
-    monkeypatch.setattr(DeltaKVLayer, "_decode", decode)
+    monkeypatch.setattr(StateReader, "decode", decode)
     return calls
 
 

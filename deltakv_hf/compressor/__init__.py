@@ -2,6 +2,14 @@
 
 from .direct import DirectCompressor, DirectStore
 from .store import TokenStore
-from .transform import Transform, TransformCompressor, TransformStore
+from .transform import Transform, TransformCompressor, TransformStore, project
 
-__all__ = ["DirectCompressor", "DirectStore", "TokenStore", "Transform", "TransformCompressor", "TransformStore"]
+__all__ = [
+    "DirectCompressor",
+    "DirectStore",
+    "TokenStore",
+    "Transform",
+    "TransformCompressor",
+    "TransformStore",
+    "project",
+]

@@ -80,19 +80,19 @@ class Transform:
         return (((tokens - self.mean) * self.weights).to(wide) @ self.inverse.to(wide)).float()
 
     def decoder(self) -> torch.Tensor:
-        """What `synthesise` multiplies by, `[components, width]` float32: made for each read, not held."""
+        """What `project` multiplies by, `[components, width]` float32: made for each read, not held."""
         return self.basis / self.weights
 
-    def synthesise(
-        self, components: torch.Tensor, decoder: torch.Tensor, scratch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Inverse of `analyse`, into 1-D float32 `scratch` if given."""
-        flat = components.flatten(0, -2)
-        shape = (*components.shape[:-1], self.mean.shape[0])
-        if scratch is None:
-            return torch.addmm(self.mean, flat, decoder).view(shape)
-        out = scratch[: flat.shape[0] * shape[-1]].view(-1, shape[-1])
-        return torch.addmm(self.mean, flat, decoder, out=out).view(shape)
+
+def project(
+    components: torch.Tensor, mean: torch.Tensor, decoder: torch.Tensor, scratch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Inverse of `Transform.analyse`: `components @ decoder + mean`, into 1-D float32 `scratch` if given."""
+    flat, shape = components.flatten(0, -2), (*components.shape[:-1], mean.shape[0])
+    if scratch is None:
+        return torch.addmm(mean, flat, decoder).view(shape)
+    out = scratch[: flat.shape[0] * shape[-1]].view(-1, shape[-1])
+    return torch.addmm(mean, flat, decoder, out=out).view(shape)
 
 
 class TransformCompressor:
@@ -179,6 +179,35 @@ class TransformCompressor:
         references = self.transform.reference_codebook.decode(store.reference_codes)
         return references.mul_(self.transform.prediction), decoder
 
+    def components(
+        self,
+        store: TransformStore,
+        references: tuple[torch.Tensor | None, torch.Tensor],
+        start: int,
+        stop: int,
+        scratch: torch.Tensor | None = None,
+    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Reads components of compressed tokens `start .. stop - 1` of every row, in pieces.
+
+        Args:
+            references: what `self.references(store)` gave.
+            scratch: `[2, at least the numbers of the tokens]` float32 to work in; the second holds a piece until the
+                next, the first is free again.
+
+        Returns:
+            what `TokenStore.read_in_pieces` yields, of components instead of numbers, float32.
+        """
+        transform, predicted = self.transform, references[0]
+        free, work = (None, None) if scratch is None else scratch
+        codes = store.reference_codes[:, self.lattice.count(start) : self.lattice.count(stop)]
+        own = transform.reference_codebook.decode(codes, work)
+
+        def others(residual_codes: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+            components = transform.residual_codebook.decode(residual_codes, work)
+            return components.add_(dispatch.predict(predicted, idx, free))
+
+        return store.read_in_pieces(self.lattice, start, stop, own, others)
+
     def decode(
         self,
         store: TransformStore,
@@ -193,19 +222,9 @@ class TransformCompressor:
             references: what `self.references(store)` gave.
             scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
 
-        Returns:
-            what `TokenStore.read_in_pieces` yields, float32.
+        Yields:
+            what `TokenStore.read_in_pieces` does, float32.
         """
-        transform = self.transform
-        predicted, decoder = references
-        out, work = (None, None) if scratch is None else scratch
-        codes = store.reference_codes[:, self.lattice.count(start) : self.lattice.count(stop)]
-        own = transform.synthesise(transform.reference_codebook.decode(codes, work), decoder, out)
-
-        def others(residual_codes: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-            components = transform.residual_codebook.decode(residual_codes, work)
-            # `out` is free until the projection writes it
-            components += dispatch.predict(predicted, idx, out)
-            return transform.synthesise(components, decoder, out)
-
-        return store.read_in_pieces(self.lattice, start, stop, own, others)
+        out = None if scratch is None else scratch[0]
+        for components, pick in self.components(store, references, start, stop, scratch):
+            yield project(components, self.transform.mean, references[1], out), pick

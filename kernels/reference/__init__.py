@@ -3,12 +3,15 @@
 Each op here is readable, runs on any device and decides what is right; `triton_ops` repeats its names and signatures.
 """
 
+from .attend import Attended, attend
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
 from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
 
 __all__ = [
+    "Attended",
+    "attend",
     "dequantize",
     "grid_limit",
     "nearest_references",

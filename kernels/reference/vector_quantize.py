@@ -75,13 +75,14 @@ def vector_dequantize(
     """
     shape = (*codes.shape[:-1], len(scale))
     out = codes.new_empty(shape, dtype=torch.float32) if scratch is None else scratch[: math.prod(shape)].view(shape)
+    # one pass over the bytes: a conversion for each run costs a CPU more than picking
+    first_rows = [torch.arange(0, 256 * len(table), 256, device=codes.device, dtype=torch.int32) for table in tables]
+    idx = codes.to(torch.int32).add_(torch.cat(first_rows)) if tables else codes
     place, covered = 0, 0
     for start, table in zip(starts, tables, strict=True):
         groups, _, size = table.shape
+        picked = table.view(-1, size).index_select(0, idx[..., place : place + groups].flatten())
         out[..., covered:start] = 0
-        rows = torch.arange(0, 256 * groups, 256, device=codes.device, dtype=torch.int32)
-        idx = codes[..., place : place + groups].to(torch.int32).add_(rows)
-        picked = table.view(-1, size).index_select(0, idx.flatten())
         covered, place = start + groups * size, place + groups
         out[..., start:covered] = picked.view(*shape[:-1], groups * size)
     out[..., covered:] = 0

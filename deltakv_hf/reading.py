@@ -1,0 +1,213 @@
+"""Reads what one layer holds: back into dense keys and values, or attended to without ever being dense.
+
+With a calibrated compressor a decode step needs no dense values. Attention is a sum over tokens of weights times
+values, a value is its components times a matrix, so the components are summed and multiplied once for each query. Keys
+are projected tile by tile, because each is rotated by its own position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch
+from .compressor import DirectCompressor, TransformCompressor, project
+from .hf_compat import without_autocast
+from .layout import Layout, View
+from .rope import RopeForm, RopeTables
+from .state import LayerState, gather
+
+# working memory of a read; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
+SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**27}
+
+
+@dataclass(frozen=True)
+class StateReader:
+    """A layer's state and what it takes to read it.
+
+    Attributes:
+        layout: how the tokens of `state` stand.
+        compressor: what coded them.
+        form, tables: how keys are rotated; None if they are stored as received.
+        num_sink_tokens: tokens that come before the first compressed one.
+        device: where the state is.
+    """
+
+    state: LayerState
+    layout: Layout
+    compressor: DirectCompressor | TransformCompressor
+    form: RopeForm | None
+    tables: RopeTables | None
+    num_sink_tokens: int
+    device: torch.device
+
+    @without_autocast
+    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values `[batch, heads, columns, head_dim]` of all columns."""
+        state, compressed, view = self.state, self.layout.compressed, self.layout.view(self.device)
+        raw_keys = state.sink_keys, state.tail_keys, state.pending_keys
+        raw_values = state.sink_values, state.tail_values, state.pending_values
+        batch, num_sinks = state.sink_keys.shape[0], state.sink_keys.shape[2]
+        total = compressed + sum(part.shape[2] for part in raw_keys)
+        dense = [part.new_empty(*part.shape[:2], total, part.shape[3]) for part in (raw_keys[0], raw_values[0])]
+        behind = num_sinks + compressed
+        self._decode_store(*(states[:, :, num_sinks:behind] for states in dense))
+        for states, (sink, tail, pending) in zip(dense, (raw_keys, raw_values), strict=True):
+            states[:, :, :num_sinks] = sink
+            states[:, :, behind : behind + tail.shape[2]] = tail
+            states[:, :, behind + tail.shape[2] :] = pending
+        keys, values = dense
+        if view is None:
+            return keys, values
+        if total == 0:
+            # nothing but padding, which is read from any place
+            return tuple(part.new_zeros(*part.shape[:2], state.columns, part.shape[3]) for part in dense)
+        first_pending = total - state.pending_keys.shape[2]
+        pending = torch.arange(first_pending, total, device=self.device).expand(batch, -1)
+        slots = torch.cat([view.slots, pending], dim=1)
+        return gather(keys, slots), gather(values, slots)
+
+    def _decode_store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Decodes all packed tokens into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
+        heads, key_width = keys.shape[1], keys.shape[1] * keys.shape[3]
+        compressor, store = self.compressor, self.state.store
+        references = compressor.references(store) if self.layout.compressed else None
+        for start, stop, angles, scratch in self._tiles():
+            # [batch, n, heads, head_dim], as tokens are coded
+            place_keys, place_values = (states[:, :, start:stop].transpose(1, 2) for states in (keys, values))
+            for tokens, pick in compressor.decode(store, references, start, stop, scratch):
+                x_keys, x_values = tokens.split([key_width, tokens.shape[-1] - key_width], dim=-1)
+                x_keys, x_values = x_keys.unflatten(-1, (heads, -1)), x_values.unflatten(-1, (heads, -1))
+                out_keys = pick(place_keys)
+                if angles is not None:
+                    straight = keys.dtype == torch.float32
+                    rotated = out_keys if straight else scratch[1, : x_keys.numel()].view(x_keys.shape)
+                    self.form.apply(x_keys, *(pick(table).unsqueeze(-2) for table in angles), rotated)
+                    x_keys = rotated
+                if x_keys is not out_keys:
+                    out_keys.copy_(x_keys)
+                pick(place_values).copy_(x_values)
+
+    @without_autocast
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+        """What attention gives, without dense keys and values.
+
+        Args:
+            query: `[batch, num_attention_heads, q, head_dim]`, any floating dtype.
+            mask: `[batch or 1, num_attention_heads or 1, q or 1, columns]`, bool (True is seen) or added to the
+                scores; fewer leading axes are allowed. None: every column is seen.
+            scale: factor of the scores.
+
+        Returns:
+            `[batch, num_attention_heads, q, head_dim of values]` in the dtype of `query`; None where decoding is
+            the better way: a compressor without components, nothing compressed, or too many queries.
+        """
+        heads, value_dim = self.state.tail_values.shape[1], self.state.tail_values.shape[3]
+        # mixing components costs a query of a head as much as projecting one number of every token's values does
+        pays = 2 * query.shape[1] * query.shape[2] <= heads * value_dim
+        # keys are rotated as complex numbers, which stand in memory two by two
+        if not (pays and self.layout.compressed and query.shape[-1] % 2 == 0):
+            return None
+        if not isinstance(self.compressor, TransformCompressor):
+            return None
+        view = self.layout.view(self.device)
+        if view is not None and mask is None:
+            return None
+        queries = (query.float() * scale).unflatten(1, (heads, -1))
+        rows = queries.flatten(2, 3)
+        mask = None if mask is None else self._mask_of_slots(_additive(mask, queries), view)
+        seen = self._attend_store(rows, mask).merge(self._attend_raw(rows, mask))
+        return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
+
+    def _attend_store(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
+        """What `[batch, heads, queries, head_dim]` see in the packed tokens."""
+        heads, head_dim, compressor, store = *query.shape[1::2], self.compressor, self.state.store
+        num_sinks, key_width, seen = self.state.sink_keys.shape[2], heads * head_dim, None
+        references = compressor.references(store)
+        key_map, value_map = torch.cat([compressor.transform.mean[None], references[1]]).tensor_split([key_width], -1)
+        if self.form is not None:
+            pairs = self.tables.cos.shape[-1]
+            query = self.form.paired(query, pairs)
+            key_map = self.form.paired(key_map.unflatten(-1, (heads, -1)), pairs).flatten(-2)
+        for start, stop, angles, scratch in self._tiles():
+            for components, pick in compressor.components(store, references, start, stop, scratch):
+                keys = project(components, key_map[0], key_map[1:], scratch[0]).unflatten(-1, (heads, -1))
+                if angles is not None:
+                    turn = torch.complex(*(pick(table).unsqueeze(-2) for table in angles))
+                    torch.view_as_complex(keys[..., : 2 * pairs].unflatten(-1, (-1, 2))).mul_(turn)
+                bias = None
+                if mask is not None:
+                    bias = pick(mask[..., num_sinks + start : num_sinks + stop].movedim(-1, 1))
+                    bias = bias.flatten(1, -3).movedim(1, -1)
+                keys, components = keys.flatten(1, -3).transpose(1, 2), components.flatten(1, -2)
+                part = dispatch.attend(query, keys, components, bias)
+                seen = part if seen is None else seen.merge(part)
+        mean, decoder = value_map.unflatten(-1, (heads, -1)).transpose(0, 1).tensor_split([1], 1)
+        return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ decoder + seen.total * mean)
+
+    def _attend_raw(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
+        """The same of sinks, tail and pending tokens."""
+        state = self.state
+        keys = torch.cat([state.sink_keys, state.tail_keys, state.pending_keys], dim=2).float()
+        values = torch.cat([state.sink_values, state.tail_values, state.pending_values], dim=2).float()
+        if mask is not None:
+            num_sinks = state.sink_keys.shape[2]
+            mask = torch.cat([mask[..., :num_sinks], mask[..., num_sinks + self.layout.compressed :]], dim=-1)
+        return dispatch.attend(query, keys, values, mask)
+
+    def _mask_of_slots(self, mask: torch.Tensor, view: View | None) -> torch.Tensor:
+        """A mask of columns, `[batch or 1, heads or 1, queries or 1, columns]`, as one of slots."""
+        if view is None:
+            return mask
+        state, num_pending = self.state, self.state.pending_keys.shape[2]
+        batch, num_slots = view.columns.shape
+        idx = view.columns[:, None, None].expand(-1, *mask.shape[1:3], -1)
+        merged = mask.expand(batch, -1, -1, -1).gather(-1, idx).masked_fill(view.unused[:, None, None], -torch.inf)
+        # the tail of rows that were dropped from the batch may have been longer
+        room = state.sink_keys.shape[2] + self.layout.compressed + state.tail_keys.shape[2] - num_slots
+        pending = mask[..., mask.shape[-1] - num_pending :].expand(batch, -1, -1, -1)
+        return torch.cat([F.pad(merged, (0, room), value=-torch.inf), pending], dim=-1)
+
+    def _tiles(self) -> Iterator[tuple[int, int, tuple | None, torch.Tensor]]:
+        """Ranges `start, stop` of packed tokens, their angles, and `[2, their numbers]` float32 to work in."""
+        compressor, view, count = self.compressor, self.layout.view(self.device), self.layout.compressed
+        if count == 0:
+            return
+        batch, stride, width = self.state.tail_keys.shape[0], compressor.lattice.stride, compressor.width
+        # the strides that are whole are read without copies; a crop may leave a part of one
+        whole = count // stride * stride
+        budget = SCRATCH_BYTES.get(self.device.type, SCRATCH_BYTES["cuda"])
+        tile = max(1, budget // (2 * batch * width * 4) // stride) * stride
+        # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
+        size = batch * min(tile, count) * width
+        scratch = torch.empty(2, size, dtype=torch.float32, device=self.device)
+        first, angles = self.num_sink_tokens, None
+        edges = sorted({*range(0, whole, tile), whole, count})
+        for start, stop in zip(edges, edges[1:], strict=False):
+            if self.form is not None and view is None:
+                angles = self.tables.rows(slice(None), first + start, first + stop)
+            elif self.form is not None:
+                angles = self.tables.gather(view.columns[:, first + start : first + stop])
+            yield start, stop, angles, scratch
+
+
+def _additive(mask: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """A host's mask as one added to scores, for `queries` `[batch, heads, group, q, ..]` with groups as more rows.
+
+    Returns:
+        `[batch or 1, heads or 1, group * q or 1, columns]` float32.
+    """
+    mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    mask = mask.float()
+    heads, group, num_queries = queries.shape[1:4]
+    if mask.shape[1] > 1:
+        mask = mask.unflatten(1, (heads, group))
+        return mask.expand(-1, -1, -1, num_queries, -1).flatten(2, 3)
+    if mask.shape[2] == 1:
+        return mask
+    return mask.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
