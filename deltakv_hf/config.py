@@ -75,7 +75,8 @@ class DeltaKVConfig:
                 f"`{fixed[0]}` must be left out with a compressor, which fixes it, got {options[fixed[0]]!r}. Only "
                 f"{', '.join(FREE)} can be chosen."
             )
-        return cls(**{"recent_window": COMPRESSOR_WINDOW} | options, reference_stride=compressor.reference_stride)
+        lattice = {"reference_stride": compressor.reference_stride, "reference_growth": compressor.reference_growth}
+        return cls(**{"recent_window": COMPRESSOR_WINDOW} | options, **lattice)
 
 
 def refuse_unknown(options: dict, known: list[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .kernels.reference import (
+    LINEAR_MAPS,
     Attended,
     attend,
     dequantize,
+    feed_forward,
     grid_limit,
     nearest_references,
     predict,
@@ -16,9 +18,11 @@ from .kernels.reference import (
 )
 
 __all__ = [
+    "LINEAR_MAPS",
     "Attended",
     "attend",
     "dequantize",
+    "feed_forward",
     "grid_limit",
     "nearest_references",
     "predict",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, scan_cache_dir
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from .compressor.folder import CONFIG, TENSORS, is_compressor, read_config, read_folder
+from .compressor.published import is_published, weight_files
 from .errors import CompressorError
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -88,10 +90,14 @@ def resolve_folder(
     place["local_files_only"] = local_files_only or unreachable is not None
     try:
         config = Path(hf_hub_download(filename=CONFIG, revision=revision, **place))
-        # refuses another kind of repository before more of it is downloaded
-        read_config(config.parent)
         # of the same commit, whatever was pushed meanwhile
-        hf_hub_download(filename=TENSORS, revision=config.parent.name, **place)
+        fetch = partial(hf_hub_download, revision=config.parent.name, **place)
+        if is_published(config.parent):
+            weight_files(lambda name: fetch(filename=name), config.parent)
+        else:
+            # refuses another kind of repository before more of it is downloaded
+            read_config(config.parent)
+            fetch(filename=TENSORS)
     except CompressorError:
         raise
     except Exception as error:
@@ -161,9 +167,15 @@ def cached(cache_dir: str | os.PathLike | None = None) -> list[CachedCompressor]
         CachedCompressor(repository.repo_id, revision.commit_hash, revision.snapshot_path)
         for repository in repositories
         for revision in repository.revisions
-        if repository.repo_type == "model" and (revision.snapshot_path / TENSORS).is_file()
+        if repository.repo_type == "model" and _is_whole(revision.snapshot_path)
     ]
-    return sorted((one for one in found if is_compressor(one.path)), key=lambda one: (one.repo_id, one.revision))
+    return sorted(found, key=lambda one: (one.repo_id, one.revision))
+
+
+def _is_whole(path: Path) -> bool:
+    if is_published(path):
+        return any(path.glob("*.safetensors"))
+    return (path / TENSORS).is_file() and is_compressor(path)
 
 
 def _bundled_folder(name: str) -> Path:

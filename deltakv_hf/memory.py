@@ -24,8 +24,11 @@ PARTS = (
 STORE_PARTS = {
     "reference_codes": "references",
     "reference_levels": "references",
+    "reference_tokens": "references",
     "residual_codes": "residual codes",
+    "latents": "residual codes",
     "residual_levels": "residual levels",
+    "latent_levels": "residual levels",
     "reference_idx": "reference ids",
 }
 

@@ -63,6 +63,47 @@ def random_compressor(model: PreTrainedModel, stride: int = 4, splits: int = 1) 
     return KVCompressor({"kind": "transform", "model": describe_model(model), "layers": records}, tensors)
 
 
+def random_networks(
+    width: int, latent_width: int, down: str = "mlp_swiglu", up: str = "linear", bias: bool = False, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Weights of `down.*` and `up.*` of one layer; what goes in comes back about as large."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = 2 * width
+
+    def linear(name: str, ins: int, outs: int) -> dict[str, torch.Tensor]:
+        made = {f"{name}weight": torch.randn(outs, ins, generator=generator) * ins**-0.5}
+        return made | ({f"{name}bias": torch.randn(outs, generator=generator)} if bias else {})
+
+    weights = {}
+    for part, kind, ins, outs in (("down", down, width, latent_width), ("up", up, latent_width, width)):
+        maps = {
+            "linear": [("", ins, outs)],
+            "mlp_gelu": [("0.", ins, hidden), ("2.", hidden, outs)],
+            "mlp_swiglu": [("w12.", ins, 2 * hidden), ("w3.", hidden, outs)],
+        }
+        for name, *sizes in maps[kind]:
+            weights |= linear(f"{part}.{name}", *sizes)
+    return weights
+
+
+def learned_compressor(model: PreTrainedModel, nbits: int = 4, stride: int = 6) -> KVCompressor:
+    """A learned compressor for `model` that is about right: its networks are a rotation of tokens and back."""
+    tensors, records, widths = {}, [None] * model.config.get_text_config().num_hidden_layers, Observer(model).widths
+    for layer_idx, own in widths.items():
+        size = sum(own)
+        rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(layer_idx)))[0]
+        tensors |= {f"layers.{layer_idx}.down.weight": rotation, f"layers.{layer_idx}.up.weight": rotation.T.clone()}
+        records[layer_idx] = {
+            "widths": list(own),
+            "reference_stride": stride,
+            "reference_growth": 0.0,
+            "top_k": 2,
+            "latent_nbits": nbits,
+            "latent_group_size": size,
+        }
+    return KVCompressor({"kind": "learned", "model": describe_model(model), "layers": records}, tensors)
+
+
 def append(coder, tokens, edges):
     """The store after tokens `[batch, n, width]` came in pieces that end at `edges`."""
     store, start = coder.empty(tokens.shape[0], tokens.device), 0
@@ -74,19 +115,20 @@ def append(coder, tokens, edges):
 
 def decode(coder, store, count):
     """Tokens `0 .. count - 1` of every row."""
-    out = torch.full((store.reference_codes.shape[0], count, coder.width), torch.nan)
+    out = torch.full((store.reference_idx.shape[0], count, coder.width), torch.nan)
     for tokens, pick in coder.decode(store, coder.references(store), 0, count):
         pick(out).copy_(tokens)
     return out
 
 
-_MADE: WeakKeyDictionary[PreTrainedModel, KVCompressor] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 
-def compressor_of(model: PreTrainedModel) -> KVCompressor | None:
-    """The random compressor of a model, made once; None if all its layers are the host's."""
+def compressor_of(model: PreTrainedModel, make=random_compressor) -> KVCompressor | None:
+    """The compressor that `make` gives for a model, made once; None if all its layers are the host's."""
     if not DeltaKVCache(model).own_layers:
         return None
-    if model not in _MADE:
-        _MADE[model] = random_compressor(model)
-    return _MADE[model]
+    made = _MADE.setdefault(model, {})
+    if make not in made:
+        made[make] = make(model)
+    return made[make]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from compressors import TIGHT_WINDOW, compressor_of
+from compressors import TIGHT_WINDOW, compressor_of, learned_compressor
 from helpers import LOSSLESS, TIGHT, prompt
 from transformers import Cache, PreTrainedModel
 
@@ -39,6 +39,11 @@ KINDS = [
     Kind("lossless", lambda model: DeltaKVCache(model, **LOSSLESS), lossless=True),
     Kind("compressed", lambda model: DeltaKVCache(model, **TIGHT), lossless=False),
     Kind("calibrated", lambda model: DeltaKVCache(model, compressor=compressor_of(model), **TIGHT_WINDOW), False),
+    Kind(
+        "learned",
+        lambda model: DeltaKVCache(model, compressor=compressor_of(model, learned_compressor), **TIGHT_WINDOW),
+        False,
+    ),
 ]
 # full attention, and every other layer with a sliding window of 16
 FAMILIES = ["llama", "gemma3"]

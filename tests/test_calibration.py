@@ -93,7 +93,7 @@ def ids(windows=WINDOWS, window=WINDOW, seed=0):
 
 
 def transforms(compressor):
-    return [transform for transform in compressor._transforms if transform is not None]
+    return [transform for transform in compressor._parts if transform is not None]
 
 
 def same(one, other):

@@ -313,3 +313,22 @@ def test_no_cache_holds_nothing(tmp_path):
     assert hubs.cached(tmp_path / "none") == []
     (tmp_path / "file").write_text("")
     assert hubs.cached(tmp_path / "file") == hubs.cached(tmp_path / "file" / "below") == []
+
+
+def test_a_published_compressor_comes_with_all_its_files(hub, worker, tmp_path):
+    """Its weights have another name, in one file or several; of anything else nothing but the config is fetched."""
+    names = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    config = json.dumps({"model_type": "llama", "kv_compressed_size": 16}).encode()
+    index = json.dumps({"weight_map": dict(zip("ab", names, strict=True))}).encode()
+    hub.commit(REPO, {"config.json": config, "model.safetensors": b"whole", "optimizer.pt": b"not this"})
+    one = Path(worker.resolve_folder(REPO, cache_dir=tmp_path / "cache"))
+    assert files_of(one) == {"config.json": config, "model.safetensors": b"whole"}
+    several = dict.fromkeys(names, b"part") | {"model.safetensors.index.json": index}
+    hub.commit(REPO, {"model.safetensors": None} | several)
+    two = Path(worker.resolve_folder(REPO, cache_dir=tmp_path / "cache"))
+    assert files_of(two) == {"config.json": config} | several
+    assert hubs.resolve_folder(REPO, cache_dir=tmp_path / "cache") == two
+    assert {found.path for found in hubs.cached(tmp_path / "cache")} == {one, two}
+    hub.commit(REPO, {name: None for name in several})
+    with pytest.raises(Refused, match="file is missing"):
+        worker.resolve_folder(REPO, cache_dir=tmp_path / "cache")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from ..compressor.base_model import describe_model
-from ..compressor.kv_compressor import KIND, KVCompressor
+from ..compressor.kv_compressor import KVCompressor
 from ..compressor.transform_tensors import transform_tensors
 from ..hf_compat import host_version
 from ..saving.fingerprint import describe_weights
@@ -94,7 +94,7 @@ class Run:
                 tensors |= new
                 advance()
         config = {
-            "kind": KIND,
+            "kind": "transform",
             "model": describe_model(self.model),
             "share": sum(plan.num_bytes for plan in plans) / dense,
             "layers": [records.get(i) for i in range(max(records) + 1)],

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..compressor.folder import TENSORS, read_config
+from ..compressor.published import is_published
 from ..errors import CompressorError
 from ..hub import bundled, cached
 from .console import console
@@ -63,6 +64,10 @@ def find_entries() -> list[Entry]:
 
 
 def _entry(name: str, path: Path, where: str, revision: str | None) -> Entry:
+    if is_published(path):
+        # made elsewhere: what it costs is known once it is loaded
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return Entry(name, None, None, size, where, revision, str(path), None)
     try:
         config = read_config(path)
         num_bytes = (path / TENSORS).stat().st_size

@@ -113,6 +113,24 @@ def list_compressors(
 
 
 @app.command()
+def convert(
+    compressor: Annotated[str, typer.Argument(help="Id on the Hub or folder of a learned compressor.")],
+    out: Annotated[Path, typer.Option(help="The compressor's folder.")],
+    latent_nbits: Annotated[
+        int | None, typer.Option(help="Bits of a stored latent number: 2, 4, 8, or 0 for bfloat16. Default: as it is.")
+    ] = None,
+    latent_group_size: Annotated[
+        int | None, typer.Option(help="Numbers of a latent that share a scale and a minimum. Default: 32.")
+    ] = None,
+) -> None:
+    """Turns a learned compressor into a folder of this package: checked, with a model card, in another latent width."""
+    with readable_errors():
+        from .convert import run_convert
+
+        run_convert(compressor, out, latent_nbits, latent_group_size)
+
+
+@app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
     text: Annotated[

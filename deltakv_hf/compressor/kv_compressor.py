@@ -12,15 +12,20 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import CompressorError
+from ..config import check_integer
+from ..errors import CompressorError, InvalidOptionError
 from ..hub import push_folder, resolve_folder
 from .base_model import check_model
 from .card import model_card
 from .folder import read_folder, write_folder
+from .learned import Learned, LearnedCompressor
+from .learned_tensors import read_learned
+from .published import is_published, read_published
 from .transform import Transform, TransformCompressor
 from .transform_tensors import read_transform
 
-KIND = "transform"
+# how each kind reads a layer of a folder, and what codes with it
+KINDS = {"transform": (read_transform, TransformCompressor), "learned": (read_learned, LearnedCompressor)}
 
 
 class KVCompressor:
@@ -40,16 +45,17 @@ class KVCompressor:
 
     def __init__(self, config: dict, tensors: dict[str, torch.Tensor], name: str = "a new compressor"):
         self.config, self.tensors, self.name = config, tensors, name
-        if config.get("kind") != KIND or not isinstance(config.get("layers"), list):
+        if config.get("kind") not in KINDS or not isinstance(config.get("layers"), list):
             raise CompressorError(
-                f'`config` must be of kind "{KIND}" and list its layers, got kind {config.get("kind")!r} in {name}: '
-                "use the version of deltakv-hf that wrote it."
+                f"`config` must be of kind {' or '.join(KINDS)} and list its layers, got kind {config.get('kind')!r} "
+                f"in {name}: use the version of deltakv-hf that wrote it."
             )
-        self._transforms: list[Transform | None] = [
-            None if layer is None else read_transform(tensors, layer, layer_idx, name)
+        read, self._coder = KINDS[config["kind"]]
+        self._parts: list[Transform | Learned | None] = [
+            None if layer is None else read(tensors, layer, layer_idx, name)
             for layer_idx, layer in enumerate(config["layers"])
         ]
-        self._placed: dict[tuple[int, torch.device], TransformCompressor] = {}
+        self._placed: dict[tuple[int, torch.device], TransformCompressor | LearnedCompressor] = {}
 
     # -- making, saving, loading ----------------------------------------------------------------------------------
 
@@ -87,7 +93,37 @@ class KVCompressor:
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        if is_published(folder):
+            return cls(*read_published(folder, str(id_or_path)), name=str(id_or_path))
         return cls(*read_folder(folder), name=str(id_or_path))
+
+    def with_latents(self, nbits: int, group_size: int | None = None) -> KVCompressor:
+        """A learned compressor whose latents are stored in `nbits` bits; its networks are the same.
+
+        Args:
+            nbits: 2, 4 or 8; 0 stores bfloat16, as most published compressors do.
+            group_size: numbers that share a scale and a minimum (None: 32, or all of a narrower latent).
+
+        Raises:
+            InvalidOptionError: it is not a learned compressor, or the sizes do not divide its latents.
+        """
+        if self.config["kind"] != "learned":
+            raise InvalidOptionError(
+                f"`nbits` can be chosen for a learned compressor, and {self.name} is of kind {self.config['kind']!r}: "
+                "calibrate it again for another ratio."
+            )
+        check_integer("nbits", nbits, low=0, high=8)
+        width = next(part.down.out_width for part in self._parts if part is not None)
+        group_size = min(32, width) if group_size is None else group_size
+        check_integer("group_size", group_size, low=1, high=width)
+        if nbits not in (0, 2, 4, 8) or width % group_size or width * nbits % 8:
+            raise InvalidOptionError(
+                f"`nbits` must be 0, 2, 4 or 8, and `group_size` divide the {width} numbers of a latent, got "
+                f"nbits={nbits} and group_size={group_size}."
+            )
+        change = {"latent_nbits": nbits, "latent_group_size": group_size}
+        layers = [layer if layer is None else layer | change for layer in self.config["layers"]]
+        return KVCompressor(self.config | {"layers": layers}, self.tensors, self.name)
 
     def save_pretrained(self, path: str | os.PathLike, extra: dict[str, bytes] | None = None) -> None:
         """Writes the compressor's folder with a model card, whole or not at all.
@@ -136,7 +172,16 @@ class KVCompressor:
     @property
     def reference_stride(self) -> int:
         """Largest stride of a layer: the one of the layers where references pay, 1 if there is none."""
-        return max((t.reference_stride for t in self._transforms if t is not None), default=1)
+        return max((coder.lattice.stride for coder in self._coders), default=1)
+
+    @property
+    def reference_growth(self) -> float:
+        """Growth of the stride, 0 where it is fixed."""
+        return max((coder.lattice.growth for coder in self._coders), default=0.0)
+
+    @property
+    def _coders(self) -> list[TransformCompressor | LearnedCompressor]:
+        return [self._coder(part) for part in self._parts if part is not None]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,32 +200,38 @@ class KVCompressor:
     @property
     def nbytes(self) -> int:
         """Bytes held to code with it, shared by all caches on one device."""
-        return sum(part.nbytes for t in self._transforms if t is not None for part in t.tensors())
+        return sum(tensor.nbytes for coder in self._coders for tensor in coder.tensors())
 
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, all layers together."""
-        return sum(TransformCompressor(t).bytes_per_token() for t in self._transforms if t is not None)
+        return sum(coder.bytes_per_token() for coder in self._coders)
+
+    def dense_bytes_per_token(self) -> int:
+        """Bytes of the same token in a 16-bit cache."""
+        return sum(2 * sum(layer["widths"]) for layer in self.config["layers"] if layer is not None)
 
     def check_model(self, model: PreTrainedModel | PretrainedConfig) -> None:
         """Raises `CompressorError` for a model of another architecture; warns if it is another model of the same."""
         check_model(self.config.get("model"), model)
 
-    def layer(self, layer_idx: int, key_width: int, value_width: int, device: torch.device) -> TransformCompressor:
+    def layer(
+        self, layer_idx: int, key_width: int, value_width: int, device: torch.device
+    ) -> TransformCompressor | LearnedCompressor:
         """The compressor of one layer on `device`, made once.
 
         Args:
             key_width, value_width: numbers of a token in K and in V, `num_key_value_heads * head_dim` each.
         """
-        transform = self._transforms[layer_idx] if layer_idx < len(self._transforms) else None
-        if transform is None or [key_width, value_width] != self.config["layers"][layer_idx]["widths"]:
-            made = "nothing" if transform is None else f"widths {self.config['layers'][layer_idx]['widths']}"
+        part = self._parts[layer_idx] if layer_idx < len(self._parts) else None
+        if part is None or [key_width, value_width] != self.config["layers"][layer_idx]["widths"]:
+            made = "nothing" if part is None else f"widths {self.config['layers'][layer_idx]['widths']}"
             raise CompressorError(
                 f"`compressor` must fit keys and values of layer {layer_idx}, {key_width} and {value_width} numbers a "
                 f"token, but {self.name} has {made} for it. Take a compressor that was made for this model."
             )
         place = layer_idx, device
         if place not in self._placed:
-            self._placed[place] = TransformCompressor(transform.to(device))
+            self._placed[place] = self._coder(part.to(device))
         return self._placed[place]
 
     def __deepcopy__(self, memo: dict) -> KVCompressor:

@@ -75,9 +75,8 @@ class Transform:
     def analyse(self, tokens: torch.Tensor) -> torch.Tensor:
         """Components of tokens: `[batch, n, width]` float32 -> `[batch, n, components]` float32."""
         # in double precision: rounded to single, the sum does not depend on the order that a shape brings with it
-        # (MPS has none: there the same token may get another code in rare ties)
-        wide = torch.float32 if tokens.device.type == "mps" else torch.float64
-        return (((tokens - self.mean) * self.weights).to(wide) @ self.inverse.to(wide)).float()
+        scaled = precise((tokens - self.mean) * self.weights)
+        return (scaled @ self.inverse.to(scaled.dtype)).float()
 
     def decoder(self) -> torch.Tensor:
         """What `project` multiplies by, `[components, width]` float32: made for each read, not held."""
@@ -93,6 +92,11 @@ def project(
         return torch.addmm(mean, flat, decoder).view(shape)
     out = scratch[: flat.shape[0] * shape[-1]].view(-1, shape[-1])
     return torch.addmm(mean, flat, decoder, out=out).view(shape)
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """`x` in double precision. MPS has none: there the same token may get another code in rare ties."""
+    return x if x.device.type == "mps" else x.double()
 
 
 class TransformCompressor:

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 
 from ..dispatch import grid_limit
-from ..errors import CompressorError
 from .codebook import Codebook
+from .layer_tensors import LayerTensors
 from .transform import Transform
 
 
@@ -54,7 +54,7 @@ def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: in
     Raises:
         CompressorError: a tensor is missing, or shapes, dtypes and the record do not fit together.
     """
-    reader = _Reader(tensors, f"layers.{layer_idx}", source)
+    reader = LayerTensors(tensors, f"layers.{layer_idx}", source)
     try:
         key_width, value_width = (int(n) for n in record["widths"])
         stride = int(record["reference_stride"])
@@ -130,25 +130,3 @@ def _inverse(basis: torch.Tensor) -> torch.Tensor:
     inverse, info = torch.linalg.inv_ex(basis)
     # what cannot be inverted shows as NaN, which the reader refuses
     return torch.where(info[:, None, None] == 0, inverse, torch.nan)
-
-
-class _Reader:
-    """Takes tensors of one layer by name and checks what they must be."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], name: str, source: str):
-        self.tensors, self.name, self.source = tensors, name, source
-
-    def wrong(self, rule: str, got: object) -> CompressorError:
-        return CompressorError(
-            f"`{self.name}` of {self.source} must have {rule}, got {got}. Its files were changed, or do not belong "
-            "together: download it again or make it again."
-        )
-
-    def take(self, name: str, dtypes, shape: tuple[int | None, ...]) -> torch.Tensor:
-        tensor = self.tensors.get(f"{self.name}.{name}")
-        dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
-        fits = tensor is not None and tensor.dtype in dtypes and tensor.ndim == len(shape)
-        if not fits or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
-            found = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise self.wrong(f"`{name}` of {dtypes[0]} {shape}", found)
-        return tensor

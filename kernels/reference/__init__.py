@@ -4,15 +4,18 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 """
 
 from .attend import Attended, attend
+from .feed_forward import LINEAR_MAPS, feed_forward
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
 from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
 
 __all__ = [
+    "LINEAR_MAPS",
     "Attended",
     "attend",
     "dequantize",
+    "feed_forward",
     "grid_limit",
     "nearest_references",
     "pack",
