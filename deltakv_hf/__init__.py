@@ -11,6 +11,7 @@ from .errors import (
     DeltaKVError,
     InvalidOptionError,
     NotPicklableError,
+    TrainingError,
     UnsupportedModelError,
 )
 from .memory import MemoryReport
@@ -29,6 +30,7 @@ __all__ = [
     "KVCompressor",
     "MemoryReport",
     "NotPicklableError",
+    "TrainingError",
     "UnsupportedModelError",
     "detach",
     "set_default_cache",

@@ -23,3 +23,7 @@ class NotPicklableError(DeltaKVError, TypeError):
 
 class CompressorError(DeltaKVError, ValueError):
     """A compressor folder cannot be found, read, written or used with this model."""
+
+
+class TrainingError(DeltaKVError, RuntimeError):
+    """Training cannot go on: memory is short, or the loss is no number."""

@@ -46,6 +46,13 @@ class RopeForm:
         if 2 * num_pairs < x.shape[-1]:
             out[..., 2 * num_pairs :] = x[..., 2 * num_pairs :]
 
+    def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`apply` into new memory, for gradients to go through."""
+        first, second = self._pairs(x, cos.shape[-1])
+        pair = first * cos - second * sin, second * cos + first * sin
+        turned = torch.cat(pair, dim=-1) if self.pairing == "half" else torch.stack(pair, dim=-1).flatten(-2)
+        return torch.cat([turned, x[..., turned.shape[-1] :]], dim=-1)
+
     def invert(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Undoes `apply` in place; exact for tables that carry a factor (YaRN) or are rounded to 16 bits."""
         first, second = self._pairs(x, cos.shape[-1])

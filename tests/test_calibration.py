@@ -688,13 +688,13 @@ def test_a_command_that_fails_leaves_an_old_folder_as_it_is(folder, texts, tmp_p
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     place = tmp_path / ".c.calibration"
     with monkeypatch.context() as patch:
-        patch.setattr("deltakv_hf.cli.calibrate._stages", lambda bar: stop_at("fitting codebooks", 1))
+        patch.setattr("deltakv_hf.cli.calibrate.stages", lambda bar: stop_at("fitting codebooks", 1))
         with pytest.raises(Stop):
             command(folder, texts, out, "--ratio", 4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [place.name, "c"]
     with monkeypatch.context() as patch:
-        patch.setattr("deltakv_hf.cli.calibrate._stages", lambda bar: stop_at("fitting codebooks", 1))
+        patch.setattr("deltakv_hf.cli.calibrate.stages", lambda bar: stop_at("fitting codebooks", 1))
         with pytest.raises(Stop):
             command(folder, texts, tmp_path / "new", "--ratio", 4)
     assert not (tmp_path / "new").exists()

@@ -150,3 +150,16 @@ def test_any_text_stays_a_text(text, name):
 def test_an_example_with_quotes_is_still_python():
     text = parts(model_card({"model": {"id": 'a "b" \\ c'}}))[1]
     assert r'model = AutoModelForCausalLM.from_pretrained("a \"b\" \\ c")' in text
+
+
+def test_training_is_told_of():
+    training = {
+        "steps": 100,
+        "held_out_kl": {"before": 0.00152, "after": 0.00117},
+        "text": [{"source": "drama.txt", "license": "public domain"}],
+        "command": "deltakv train demo",
+    }
+    text = parts(model_card(CONFIG | {"training": training}))[1]
+    assert "in 100 steps: KL on held-out text 0.00152 before, 0.00117 after" in text
+    assert "trained on drama.txt (licence: public domain)" in text and "`deltakv train demo`" in text
+    assert "trained through" not in parts(model_card(CONFIG))[1]

@@ -78,17 +78,7 @@ class Report:
 
     def measured_row(self) -> dict:
         """What was measured, as the model card shows it."""
-        figures = self.fidelity
-        # by the tokens that were compressed, as it is in a 16-bit cache: in float32 they are half the share
-        compressed = (1 - figures.mean("stored_share")) / (1 - figures.mean("compressed_share"))
-        return {
-            "held-out windows": len(figures.windows),
-            "compressed tokens": f"{self.share:.1%}",
-            "whole cache": f"{1 - compressed * (1 - self.share):.1%}",
-            "kl": f"{figures.mean('kl'):.5f} ± {figures.standard_error('kl'):.5f}",
-            "top1": f"{figures.mean('top1'):.4f}",
-            "delta_nll": f"{figures.nll_change:+.2%}",
-        }
+        return measured_row(self.fidelity, self.share)
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -100,6 +90,20 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "rate_distortion": [{"share": share, "predicted_kl": kl} for share, kl in self.curve],
         }
+
+
+def measured_row(figures: Fidelity, share: float) -> dict:
+    """A row of the model card; `share` is that of compressed tokens in a 16-bit cache."""
+    # by the tokens that were compressed, as it is in a 16-bit cache: in float32 they are half the share
+    compressed = (1 - figures.mean("stored_share")) / (1 - figures.mean("compressed_share"))
+    return {
+        "held-out windows": len(figures.windows),
+        "compressed tokens": f"{share:.1%}",
+        "whole cache": f"{1 - compressed * (1 - share):.1%}",
+        "kl": f"{figures.mean('kl'):.5f} ± {figures.standard_error('kl'):.5f}",
+        "top1": f"{figures.mean('top1'):.4f}",
+        "delta_nll": f"{figures.nll_change:+.2%}",
+    }
 
 
 def measure(model, compressor: KVCompressor, held_out: torch.Tensor, predicted: int, progress: Callable) -> Fidelity:

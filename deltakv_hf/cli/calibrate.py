@@ -45,7 +45,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     check_goal(settings.options["ratio"], settings.options["target_kl"])
-    _check_out(settings.out)
+    check_out(settings.out)
     _check_workspace(settings.workspace, settings.out)
     texts = read_documents(settings.text)
     licenses = _licenses(settings.licenses, list(texts))
@@ -58,7 +58,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
             texts,
             tokenizer=tokenizer,
             workspace=workspace,
-            progress=_stages(bar),
+            progress=stages(bar),
             **settings.options,
         )
     calibration = compressor.config["calibration"]
@@ -75,7 +75,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     _print(compressor, settings.out)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuses at once what would be refused once the compressor is made."""
     try:
         check_place(out, "--out")
@@ -105,7 +105,9 @@ def _check_workspace(workspace: Path | None, out: Path) -> None:
         )
 
 
-def _stages(bar) -> Callable[[str, int], Callable[[], None]]:
+def stages(bar) -> Callable[[str, int], Callable[[], None]]:
+    """What a calibration or a training tells of its stages, as bars."""
+
     def stage(name: str, steps: int) -> Callable[[], None]:
         if not console.is_terminal:
             # a file shows a bar only when all is done
@@ -171,7 +173,7 @@ def _layer_chart(report: Report) -> bytes:
         loc="left",
         fontsize=10,
     )
-    return _png(figure, axes)
+    return as_png(figure, axes)
 
 
 def _curve_chart(report: Report) -> bytes:
@@ -190,10 +192,11 @@ def _curve_chart(report: Report) -> bytes:
     axes.set_xlabel("compressed tokens, % of a 16-bit cache")
     axes.set_ylabel("KL to the full cache, nats")
     axes.legend(frameon=False)
-    return _png(figure, axes)
+    return as_png(figure, axes)
 
 
-def _png(figure, axes) -> bytes:
+def as_png(figure, axes) -> bytes:
+    """A figure with one pair of axes, as all of this package look."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e7eb")
     axes.set_axisbelow(True)

@@ -113,6 +113,52 @@ def list_compressors(
 
 
 @app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
+    compressor: Annotated[str, typer.Option(help="Where to begin: a folder, a bundled name or an id on the Hub.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A text file, UTF-8; a line with a form feed separates documents. May be repeated."),
+    ],
+    out: Annotated[Path, typer.Option(help="The compressor's folder.")],
+    loss: Annotated[str | None, typer.Option(help="kl, or paper: next token and squared errors. Default: kl.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Steps of the optimiser. Default: 400.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows of a step. Default: 4.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of a window. Default: 4096.")] = None,
+    num_tokens: Annotated[int | None, typer.Option(help="Tokens of text to learn from. Default: 2000000.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of a step. Default: 0.05.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between two measurements. Default: 50.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Measurements without a better one. Default: 4.")] = None,
+    measured_windows: Annotated[int | None, typer.Option(help="Windows held out. Default: 4 to 9.")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random choice. Default: 0.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Trains a compressor through its frozen model; its bytes stay as they are. Best on a GPU, in float32.
+
+    A run that is broken off goes on from the last measurement when the same command is run again.
+    """
+    with readable_errors():
+        from .train import TrainSettings, run_train
+
+        options = {
+            "loss": loss,
+            "num_steps": num_steps,
+            "batch_size": batch_size,
+            "window": window,
+            "num_tokens": num_tokens,
+            "learning_rate": learning_rate,
+            "eval_every": eval_every,
+            "patience": patience,
+            "measured_windows": measured_windows,
+            "gradient_checkpointing": gradient_checkpointing,
+            "seed": seed,
+        }
+        run_train(TrainSettings(model, compressor, text, out, given(options), device, dtype))
+
+
+@app.command()
 def convert(
     compressor: Annotated[str, typer.Argument(help="Id on the Hub or folder of a learned compressor.")],
     out: Annotated[Path, typer.Option(help="The compressor's folder.")],

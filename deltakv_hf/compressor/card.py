@@ -24,7 +24,8 @@ def model_card(config: dict, repo_id: str | None = None) -> str:
         config: of the compressor. Read are `model` (`id`, `revision`), `kind`, `share` (bytes compressed over bytes in
             the full cache), `license`, `limits` (list of sentences), `measured` (list of rows, each a dict from column
             to value) and `calibration` with `text` (list of dicts: `source`, `license`, anything more), `command`,
-            `device`, `seconds` (dict from stage to number) and `versions` (dict).
+            `device`, `seconds` (dict from stage to number) and `versions` (dict), and `training` with `steps`,
+            `held_out_kl` (`before`, `after`) and the same entries.
         repo_id: "owner/name" of the compressor on the Hub, for the title and the example.
     """
     model, calibration = _dict(config.get("model")), _dict(config.get("calibration"))
@@ -49,7 +50,7 @@ def model_card(config: dict, repo_id: str | None = None) -> str:
         id_literal=json.dumps(_plain(repo_id) or "path/of/this/folder", ensure_ascii=False),
         measured=_table(config.get("measured")),
         texts=[_source(one) for one in _list(calibration.get("text"))],
-        made=_made(calibration),
+        made=_made(calibration) + _trained(_dict(config.get("training"))),
         limits=[_text(one) for one in _list(config.get("limits"))],
     )
     return f"{str(card).rstrip()}\n"
@@ -85,6 +86,17 @@ def _made(calibration: dict) -> list[str]:
     if versions := _dict(calibration.get("versions")):
         made.append(", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(versions.items())))
     return made
+
+
+def _trained(training: dict) -> list[str]:
+    """What training did, if there was any."""
+    kl = _dict(training.get("held_out_kl"))
+    if not kl:
+        return []
+    change = f"KL on held-out text {_number(kl.get('before'))} before, {_number(kl.get('after'))} after"
+    texts = ", ".join(_source(one) for one in _list(training.get("text")))
+    made = [f"trained through the model in {_number(training.get('steps'))} steps: {change}"]
+    return made + ([f"trained on {texts}"] if texts else []) + _made(training)
 
 
 def _number(value: object) -> str:

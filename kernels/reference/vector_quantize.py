@@ -10,8 +10,8 @@ import math
 
 import torch
 
-# tokens searched at once; a distance is kept for each of 256 vectors of every group
-TOKEN_TILE = 512
+# tokens searched at once, on a GPU more; a distance is kept for each of 256 vectors of every group
+TOKEN_TILE = {"cpu": 512, "cuda": 4096}
 
 
 def grid_limit(size: int) -> int:
@@ -34,6 +34,7 @@ def vector_quantize(
     Returns:
         `[batch, tokens, bytes]` uint8, one byte a group, runs one after the other.
     """
+    tile_size = TOKEN_TILE.get(x.device.type, TOKEN_TILE["cpu"])
     codes = x.new_empty(*x.shape[:2], sum(len(step) for step in steps), dtype=torch.uint8)
     place = 0
     # autocast would round the integers to 16 bits
@@ -42,14 +43,14 @@ def vector_quantize(
             groups, _, size = table.shape
             vectors = table.float().transpose(1, 2)
             square = vectors.square().sum(1).unsqueeze(1)
-            for first in range(0, x.shape[1], TOKEN_TILE):
-                tile = x[:, first : first + TOKEN_TILE, start : start + groups * size]
+            for first in range(0, x.shape[1], tile_size):
+                tile = x[:, first : first + tile_size, start : start + groups * size]
                 on_grid = _to_grid(tile.unflatten(-1, (groups, size)), step, grid_limit(size))
                 flat = on_grid.flatten(0, 1).transpose(0, 1)
                 # |x - c|^2 without |x|^2, which is the same for every vector
                 distance = torch.baddbmm(square, flat, vectors, alpha=-2)
                 found = distance.argmin(-1).transpose(0, 1).unflatten(0, tile.shape[:2])
-                codes[:, first : first + TOKEN_TILE, place : place + groups] = found
+                codes[:, first : first + tile_size, place : place + groups] = found
             place += groups
     return codes
 

@@ -1,0 +1,318 @@
+"""`train`: from a model, texts and a compressor to a better compressor of the same bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..attach import unwrap
+from ..calibration.capture import LOSS_SCALE, Observer, evaluating
+from ..calibration.inputs import calibration_windows, check_ids, check_positions
+from ..calibration.report import measure, measured_row
+from ..compressor.kv_compressor import KVCompressor
+from ..config import check_integer
+from ..errors import InvalidOptionError, TrainingError
+from ..hf_compat import host_version
+from .modules import TrainableLearned, TrainableTransform
+from .passes import continued_kl, paper_loss
+from .settings import TrainingSettings
+from .snapshot import Snapshot, snapshot_key
+
+MODULES = {"transform": TrainableTransform, "learned": TrainableLearned}
+# a held-out KL beyond so many times the first one is no way to a better compressor
+DIVERGED = 10.0
+
+
+@dataclass
+class History:
+    """What a training saw.
+
+    Attributes:
+        losses, norms: of every step, those of its gradients before they were scaled down.
+        looks: `[step, held-out KL]`, the first before any step.
+        stopped: why training ended before its last step, or None.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    looks: list[list[float]] = field(default_factory=list)
+    stopped: str | None = None
+
+    @property
+    def best_kl(self) -> float:
+        """Lowest held-out KL."""
+        return min(kl for _, kl in self.looks if math.isfinite(kl))
+
+    @property
+    def best_step(self) -> int:
+        """The step after which it was lowest."""
+        return next(int(step) for step, kl in self.looks if kl == self.best_kl)
+
+
+def train(
+    model: PreTrainedModel,
+    texts,
+    compressor: KVCompressor,
+    *,
+    tokenizer=None,
+    workspace: str | os.PathLike | None = None,
+    measured_windows: int | None = None,
+    progress: Callable[[str, int], Callable[[], None]] = lambda stage, steps: lambda: None,
+    **settings,
+) -> KVCompressor:
+    """Trains `compressor` through the frozen `model`; what it stores stays as large as it was.
+
+    Of a calibrated compressor the vectors and the mean move, of a learned one the weights of its networks. Under
+    `accelerate launch` every process takes windows of its own and all take the same steps.
+
+    Args:
+        model: on the device where training shall run, in any floating dtype; float32 where the KL is small.
+        texts: documents, several sources as a dict by name (see `token_windows`), or ids `[n, window]` int64.
+        compressor: where training begins; it is left as it is.
+        tokenizer: of the model; None loads it from where the model came from.
+        workspace: a file that keeps the state; a training that was broken off goes on from it. None keeps nothing.
+        measured_windows: windows held out, to choose by and to stop by; None takes one for each source, but 4 at least,
+            or a fifth of given ids, and 9 at most.
+        progress: told of stages and steps.
+        **settings: fields of `TrainingSettings`.
+
+    Returns:
+        the compressor of the best look at the held-out windows. Its `history` is a `History`, and its `config` notes
+        the settings.
+
+    Raises:
+        InvalidOptionError: an argument is out of range, or there is too little text.
+        CompressorError: `compressor` was made for another architecture.
+        TrainingError: the loss is no number, or memory is short; what was best is in `workspace`.
+    """
+    model = unwrap(model)
+    settings = TrainingSettings.from_options(settings)
+    if measured_windows is not None:
+        check_integer("measured_windows", measured_windows, low=1)
+    compressor.check_model(model)
+    if isinstance(texts, torch.Tensor):
+        settings = TrainingSettings(**asdict(settings) | {"window": check_ids(model, texts).shape[1]})
+    calibration = settings.reading()
+    check_positions(model, calibration)
+    windows, held_out = calibration_windows(model, texts, tokenizer, calibration, measured_windows)
+    if not len(windows) or not len(held_out):
+        raise InvalidOptionError(
+            f"`texts` must hold windows to learn from and others to measure on, got {len(windows)} and "
+            f"{len(held_out)}: give more."
+        )
+    key = snapshot_key(model, compressor, settings, windows, held_out)
+    with evaluating(model), _frozen(model):
+        run = _Training(model, compressor, settings, windows, held_out, Snapshot(workspace, key), progress)
+        run.run()
+        trained = run.result(texts)
+        share = trained.bytes_per_token() / trained.dense_bytes_per_token()
+        fidelity = measure(model, trained, held_out, settings.window - settings.context, progress)
+    trained.config |= {"share": share, "measured": [measured_row(fidelity, share)]}
+    return trained
+
+
+class _Training:
+    """One training: modules, optimiser and what was seen."""
+
+    def __init__(
+        self, model, compressor: KVCompressor, settings: TrainingSettings, windows, held_out, snapshot, progress
+    ):
+        self.model, self.compressor, self.settings = model, compressor, settings
+        self.windows, self.held_out, self.snapshot, self.progress = windows, held_out, snapshot, progress
+        self.accelerator = Accelerator()
+        self.observer = Observer(model)
+        self.modules = torch.nn.ModuleDict()
+        for layer_idx, (key_width, value_width) in self.observer.widths.items():
+            coder = compressor.layer(layer_idx, key_width, value_width, model.device)
+            self.modules[str(layer_idx)] = MODULES[compressor.config["kind"]](coder.part)
+        self.calls = {int(layer_idx): self._call(module) for layer_idx, module in self.modules.items()}
+        # gradients are as small as the components' errors
+        self.optimizer = torch.optim.Adam(self.modules.parameters(), betas=(0.9, 0.95), eps=1e-15)
+        self.history = History()
+        self.best = self._state()
+
+    def _call(self, module):
+        if not self.settings.gradient_checkpointing:
+            return module
+        return partial(checkpoint, module, use_reentrant=False)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.modules.state_dict().items()}
+
+    def run(self) -> None:
+        """Steps until the last, or until nothing gets better."""
+        held = self.snapshot.read()
+        if held is not None:
+            self._restore(held)
+        advance = self.progress("training", self.settings.num_steps - len(self.history.losses))
+        if not self.history.looks:
+            self._look()
+        while len(self.history.losses) < self.settings.num_steps and self.history.stopped is None:
+            self._step()
+            advance()
+            done = len(self.history.losses)
+            if done % self.settings.eval_every == 0 or done == self.settings.num_steps:
+                self._look()
+                self._save()
+
+    def _step(self) -> None:
+        number, settings = len(self.history.losses), self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(number)
+        scale = LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
+        total = 0.0
+        for place, ids in enumerate(self._batch(number)):
+            with torch.enable_grad(), _memory(settings):
+                loss = self._loss(ids, settings.context_of(number * settings.batch_size + place))
+                (loss * (scale / settings.batch_size)).backward()
+            total += loss.item() / settings.batch_size
+        if not math.isfinite(total):
+            self._save()
+            raise TrainingError(
+                f"`learning_rate` must keep the loss a number, got {total} at step {number} with "
+                f"{settings.learning_rate}: lower it, or train a model in float32. The best compressor so far is kept."
+            )
+        parameters = [p for p in self.modules.parameters() if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean").div_(scale)
+        self.history.losses.append(self._mean(total))
+        # a text that no one would write gives gradients a thousand times the usual
+        most = settings.max_grad_ratio * statistics.median(self.history.norms) if number else math.inf
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.history.norms.append(norm.item())
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _batch(self, number: int) -> torch.Tensor:
+        """This process's windows of a step: all windows in a random order, then all in another."""
+        accelerator, size = self.accelerator, self.settings.batch_size
+        first = (number * accelerator.num_processes + accelerator.process_index) * size
+        picked = []
+        for place in range(first, first + size):
+            turn, offset = divmod(place, len(self.windows))
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + turn)
+            picked.append(torch.randperm(len(self.windows), generator=generator)[offset])
+        return self.windows[torch.stack(picked)]
+
+    def _loss(self, ids: torch.Tensor, context: int) -> torch.Tensor:
+        settings = self.settings
+        if settings.loss == "paper":
+            return paper_loss(self.observer, self.calls, ids, settings.num_sink_tokens)
+        predicted = settings.window - settings.context
+        return self._kl(ids[: context + predicted], context)
+
+    def _kl(self, ids: torch.Tensor, context: int) -> torch.Tensor:
+        return continued_kl(self.observer, self.calls, ids, context, self.settings.stored(context))
+
+    def _look(self) -> None:
+        """Measures on the held-out windows, keeps the best, and says when to stop."""
+        history, settings = self.history, self.settings
+        with torch.no_grad(), _memory(settings):
+            kl = self._mean(sum(self._kl(ids, settings.context).item() for ids in self.held_out) / len(self.held_out))
+        if not history.looks and not math.isfinite(kl):
+            raise TrainingError(
+                f"`compressor` must give finite predictions to begin with, got a held-out KL of {kl}. Load the model "
+                "in another dtype (bfloat16 or float32 for models trained so), or begin with another compressor."
+            )
+        history.looks.append([len(history.losses), kl])
+        if kl == history.best_kl:
+            self.best = self._state()
+        behind = len(history.looks) - 1 - [look[1] for look in history.looks].index(history.best_kl)
+        if not kl <= DIVERGED * history.looks[0][1]:
+            history.stopped = f"held-out KL grew to {kl:.3g}"
+        elif behind >= settings.patience:
+            history.stopped = f"held-out KL was lowest {behind} looks ago"
+
+    def _mean(self, number: float) -> float:
+        """Of all processes, so that they decide alike."""
+        return self.accelerator.reduce(torch.tensor(number, device=self.model.device), reduction="mean").item()
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"now.{name}": tensor for name, tensor in self._state().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
+        self.snapshot.write(tensors, asdict(self.history))
+
+    def _restore(self, held: tuple[dict[str, torch.Tensor], dict]) -> None:
+        tensors, history = held
+        self.history = History(**history)
+        parts = {"now": {}, "best": {}}
+        states: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            part, rest = name.split(".", 1)
+            if part == "optimizer":
+                number, rest = rest.split(".")
+                states.setdefault(int(number), {})[rest] = tensor
+            else:
+                parts[part][rest] = tensor.to(self.model.device)
+        self.modules.load_state_dict(parts["now"])
+        self.best = parts["best"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
+
+    def result(self, texts) -> KVCompressor:
+        """The best compressor."""
+        self.modules.load_state_dict(self.best)
+        compressor, tensors = self.compressor, dict(self.compressor.tensors)
+        for layer_idx, module in self.modules.items():
+            for name, tensor in module.tensors().items():
+                held = tensors[f"layers.{layer_idx}.{name}"]
+                tensors[f"layers.{layer_idx}.{name}"] = tensor.to(held.dtype)
+        history = self.history
+        note = {
+            "settings": asdict(self.settings),
+            "windows": list(self.windows.shape),
+            "held_out_kl": {"before": history.looks[0][1], "after": history.best_kl},
+            "steps": history.best_step,
+            "versions": {"torch": torch.__version__, "transformers": host_version()},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+        if isinstance(texts, Mapping):
+            note["text"] = [{"source": str(name), "license": "not stated"} for name in texts]
+        trained = KVCompressor(compressor.config | {"training": note}, tensors)
+        trained.history = history
+        return trained
+
+
+class _frozen:
+    """No parameter of the model requires grad inside; as it was after."""
+
+    def __init__(self, model):
+        self.required = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self):
+        for parameter in self.required:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_):
+        for parameter in self.required:
+            parameter.requires_grad_(True)
+
+
+class _memory:
+    """Says what to do where memory is short."""
+
+    def __init__(self, settings: TrainingSettings):
+        self.settings = settings
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingError(
+                f"`window` must fit the device's memory, got {self.settings.window}: lower it, set "
+                "`gradient_checkpointing`, or load the model in 16 bits. (`batch_size` costs no memory.)"
+            ) from error
