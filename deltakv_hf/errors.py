@@ -26,4 +26,4 @@ class CompressorError(DeltaKVError, ValueError):
 
 
 class TrainingError(DeltaKVError, RuntimeError):
-    """Training cannot go on: memory is short, or the loss is no number."""
+    """Training cannot begin or go on: memory is short, or the model gives no numbers."""

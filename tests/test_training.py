@@ -1,6 +1,10 @@
 """Training: what modules read back is what a cache reads back, what is learnt is kept, what is broken off goes on."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,22 +169,36 @@ def test_a_training_that_goes_astray_is_stopped_and_the_best_is_kept():
     assert trained.fingerprint == compressor.fingerprint
 
 
+def test_a_loss_that_is_no_number_ends_it_and_the_best_is_kept(monkeypatch):
+    model = tiny_model("llama")
+    calls = []
+
+    def breaking(*args):
+        loss = continued_kl(*args)
+        calls.append(loss.requires_grad)
+        # of the eighth training window on
+        return loss * torch.nan if loss.requires_grad and sum(calls) > 7 else loss
+
+    monkeypatch.setattr(trainer, "continued_kl", breaking)
+    trained = train(model, windows(), learned_compressor(model, 2), **QUICK)
+    assert "learning_rate" in trained.history.stopped and len(trained.history.losses) == 3
+    assert trained.history.best_step == 3 and trained.history.best_kl < trained.history.looks[0][1]
+
+
 BROKEN = {
-    "a loss that is no number": (None, torch.nan, "learning_rate"),
-    "a beginning that is no number": (None, None, "compressor"),
-    "memory": (torch.OutOfMemoryError("no"), None, "gradient_checkpointing"),
+    "a beginning that is no number": (None, "compressor"),
+    "memory": (torch.OutOfMemoryError("no"), "gradient_checkpointing"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_stops_it_is_said(case, monkeypatch):
-    error, loss, words = BROKEN[case]
+    error, words = BROKEN[case]
 
     def broken(*args):
         if error is not None:
             raise error
-        with_grad = torch.is_grad_enabled()
-        return torch.full((), torch.nan if loss is None or with_grad else 1.0, requires_grad=with_grad)
+        return torch.tensor(torch.nan)
 
     monkeypatch.setattr(trainer, "continued_kl", broken)
     model = tiny_model("llama")
@@ -240,3 +258,36 @@ def test_the_command_trains_from_text(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "begin", "text.txt", "out"}
     assert_refused(run(*command[:2], "--compressor", "smollm2-99x", *command[4:], "--out", tmp_path / "no"), "smollm2")
     assert_refused(run(*command, "--out", tmp_path / "model"), "out")
+
+
+WORKER = """
+import sys
+import torch
+from test_training import QUICK, windows
+from compressors import random_compressor
+from models import tiny_model
+from deltakv_hf.training import train
+
+torch.set_num_threads(1)
+trained = train(tiny_model("llama"), windows(), random_compressor(tiny_model("llama")), **QUICK | {"batch_size": 1})
+print(trained.history.losses, trained.history.looks, flush=True)
+"""
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == 2 and lines[0] == lines[1]
+    model = tiny_model("llama")
+    alone = train(model, windows(), random_compressor(model), **QUICK).history
+    losses = json.loads(lines[0].split("] ")[0] + "]")
+    assert losses == pytest.approx(alone.losses, rel=1e-4)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.table import Table
 
 from ..calibration.texts import read_documents
@@ -36,7 +37,9 @@ def run_train(settings: TrainSettings) -> None:
     check_out(settings.out)
     texts = read_documents(settings.text)
     compressor = KVCompressor.from_pretrained(settings.compressor)
-    model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
+    state = PartialState()
+    device = str(state.device) if state.num_processes > 1 else settings.device
+    model, tokenizer = load_by_name(settings.model, settings.dtype, device)
     out = settings.out.resolve()
     workspace = out.with_name(f".{out.name[:200]}.training")
     with progress_bar() as bar:
@@ -49,6 +52,8 @@ def run_train(settings: TrainSettings) -> None:
             progress=stages(bar),
             **settings.options,
         )
+    if not state.is_main_process:
+        return
     trained.config["training"]["command"] = command_line()
     history = trained.history
     files = {

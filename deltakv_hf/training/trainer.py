@@ -92,7 +92,7 @@ def train(
     Raises:
         InvalidOptionError: an argument is out of range, or there is too little text.
         CompressorError: `compressor` was made for another architecture.
-        TrainingError: the loss is no number, or memory is short; what was best is in `workspace`.
+        TrainingError: predictions are no numbers to begin with, or memory is short; the message says what to change.
     """
     model = unwrap(model)
     settings = TrainingSettings.from_options(settings)
@@ -170,21 +170,19 @@ class _Training:
             group["lr"] = settings.rate(number)
         scale = LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
         total = 0.0
-        for place, ids in enumerate(self._batch(number)):
+        for place in self._places(number):
             with torch.enable_grad(), _memory(settings):
-                loss = self._loss(ids, settings.context_of(number * settings.batch_size + place))
+                loss = self._loss(self._window(place), settings.context_of(place))
                 (loss * (scale / settings.batch_size)).backward()
             total += loss.item() / settings.batch_size
+        total = self._mean(total)
         if not math.isfinite(total):
-            self._save()
-            raise TrainingError(
-                f"`learning_rate` must keep the loss a number, got {total} at step {number} with "
-                f"{settings.learning_rate}: lower it, or train a model in float32. The best compressor so far is kept."
-            )
+            self.history.stopped = f"the loss of step {number + 1} is {total}; lower `learning_rate`"
+            return
         parameters = [p for p in self.modules.parameters() if p.grad is not None]
         for parameter in parameters:
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean").div_(scale)
-        self.history.losses.append(self._mean(total))
+        self.history.losses.append(total)
         # a text that no one would write gives gradients a thousand times the usual
         most = settings.max_grad_ratio * statistics.median(self.history.norms) if number else math.inf
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -193,16 +191,17 @@ class _Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _batch(self, number: int) -> torch.Tensor:
-        """This process's windows of a step: all windows in a random order, then all in another."""
-        accelerator, size = self.accelerator, self.settings.batch_size
-        first = (number * accelerator.num_processes + accelerator.process_index) * size
-        picked = []
-        for place in range(first, first + size):
-            turn, offset = divmod(place, len(self.windows))
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + turn)
-            picked.append(torch.randperm(len(self.windows), generator=generator)[offset])
-        return self.windows[torch.stack(picked)]
+    def _places(self, number: int) -> range:
+        """This process's windows of a step, counted from the first step on and over all processes."""
+        size = self.settings.batch_size
+        first = (number * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return range(first, first + size)
+
+    def _window(self, place: int) -> torch.Tensor:
+        """All windows in a random order, then all in another."""
+        turn, offset = divmod(place, len(self.windows))
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + turn)
+        return self.windows[torch.randperm(len(self.windows), generator=generator)[offset]]
 
     def _loss(self, ids: torch.Tensor, context: int) -> torch.Tensor:
         settings = self.settings
