@@ -160,6 +160,13 @@ def test_nothing_better_stops_it(monkeypatch):
     assert "looks ago" in history.stopped and len(history.losses) < 40
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("learned", 6e-5), ("transform", 5e-2)])
+def test_a_rate_that_suits_the_kind(kind, rate):
+    model = tiny_model("llama")
+    trained = train(model, windows(), KINDS[kind](model), num_steps=1, batch_size=1)
+    assert trained.config["training"]["settings"]["learning_rate"] == rate
+
+
 def test_a_training_that_goes_astray_is_stopped_and_the_best_is_kept():
     model = tiny_model("llama")
     compressor = learned_compressor(model, 8)

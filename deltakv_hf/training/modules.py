@@ -25,6 +25,8 @@ class TrainableLearned(nn.Module):
         learned: where training begins.
     """
 
+    learning_rate = 6e-5
+
     def __init__(self, learned: Learned):
         super().__init__()
         self.learned = learned
@@ -92,6 +94,8 @@ class TrainableTransform(nn.Module):
     Args:
         transform: where training begins.
     """
+
+    learning_rate = 5e-2
 
     def __init__(self, transform: Transform):
         super().__init__()

@@ -130,10 +130,12 @@ class _Training:
         self.windows, self.held_out, self.snapshot, self.progress = windows, held_out, snapshot, progress
         self.accelerator = Accelerator()
         self.observer = Observer(model)
+        made = MODULES[compressor.config["kind"]]
+        self.learning_rate = made.learning_rate if settings.learning_rate is None else settings.learning_rate
         self.modules = torch.nn.ModuleDict()
         for layer_idx, (key_width, value_width) in self.observer.widths.items():
             coder = compressor.layer(layer_idx, key_width, value_width, model.device)
-            self.modules[str(layer_idx)] = MODULES[compressor.config["kind"]](coder.part)
+            self.modules[str(layer_idx)] = made(coder.part)
         self.calls = {int(layer_idx): self._call(module) for layer_idx, module in self.modules.items()}
         # gradients are as small as the components' errors
         self.optimizer = torch.optim.Adam(self.modules.parameters(), betas=(0.9, 0.95), eps=1e-15)
@@ -167,7 +169,7 @@ class _Training:
     def _step(self) -> None:
         number, settings = len(self.history.losses), self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(number)
+            group["lr"] = self.learning_rate * settings.rate(number)
         scale = LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
         total = 0.0
         for place in self._places(number):
@@ -271,7 +273,7 @@ class _Training:
                 tensors[f"layers.{layer_idx}.{name}"] = tensor.to(held.dtype)
         history = self.history
         note = {
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | {"learning_rate": self.learning_rate},
             "windows": list(self.windows.shape),
             "held_out_kl": {"before": history.looks[0][1], "after": history.best_kl},
             "steps": history.best_step,
