@@ -121,6 +121,12 @@ def train(
         typer.Option(help="A text file, UTF-8; a line with a form feed separates documents. May be repeated."),
     ],
     out: Annotated[Path, typer.Option(help="The compressor's folder.")],
+    latent_width: Annotated[
+        int | None,
+        typer.Option(help="Train a learned compressor with so many numbers a latent; it begins at a calibrated one."),
+    ] = None,
+    latent_nbits: Annotated[int, typer.Option(help="Bits of a stored latent number: 2, 4, 8, or 0 for bfloat16.")] = 0,
+    down: Annotated[str, typer.Option(help="Its network: mlp_swiglu, the paper's, or linear.")] = "mlp_swiglu",
     loss: Annotated[str | None, typer.Option(help="kl, or paper: next token and squared errors. Default: kl.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Steps of the optimiser. Default: 400.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows of a step. Default: 4.")] = None,
@@ -157,6 +163,10 @@ def train(
             "gradient_checkpointing": gradient_checkpointing,
             "seed": seed,
         }
+        if latent_width is not None:
+            from ..training import Form
+
+            options["form"] = Form(latent_width, down, latent_nbits=latent_nbits)
         run_train(TrainSettings(model, compressor, text, out, given(options), device, dtype))
 
 

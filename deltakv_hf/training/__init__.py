@@ -1,5 +1,6 @@
 """Training of compressors through a frozen model: `train` is the way in."""
 
+from .beginning import Form
 from .trainer import History, train
 
-__all__ = ["History", "train"]
+__all__ = ["Form", "History", "train"]

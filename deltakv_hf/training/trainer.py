@@ -22,12 +22,15 @@ from ..compressor.kv_compressor import KVCompressor
 from ..config import check_integer
 from ..errors import InvalidOptionError, TrainingError
 from ..hf_compat import host_version
+from .beginning import Form, begin_learned
 from .modules import TrainableLearned, TrainableTransform
 from .passes import continued_kl, paper_loss
 from .settings import TrainingSettings
 from .snapshot import Snapshot, snapshot_key
 
 MODULES = {"transform": TrainableTransform, "learned": TrainableLearned}
+# windows that a learned compressor begins with
+BEGINNING = 16
 # a held-out KL beyond so many times the first one is no way to a better compressor
 DIVERGED = 10.0
 
@@ -63,6 +66,7 @@ def train(
     texts,
     compressor: KVCompressor,
     *,
+    form: Form | None = None,
     tokenizer=None,
     workspace: str | os.PathLike | None = None,
     measured_windows: int | None = None,
@@ -78,6 +82,7 @@ def train(
         model: on the device where training shall run, in any floating dtype; float32 where the KL is small.
         texts: documents, several sources as a dict by name (see `token_windows`), or ids `[n, window]` int64.
         compressor: where training begins; it is left as it is.
+        form: train a learned compressor of this form, which begins at what the calibrated `compressor` knows of errors.
         tokenizer: of the model; None loads it from where the model came from.
         workspace: a file that keeps the state; a training that was broken off goes on from it. None keeps nothing.
         measured_windows: windows held out, to choose by and to stop by; None takes one for each source, but 4 at least,
@@ -109,6 +114,8 @@ def train(
             f"`texts` must hold windows to learn from and others to measure on, got {len(windows)} and "
             f"{len(held_out)}: give more."
         )
+    if form is not None:
+        compressor = begin_learned(model, windows[:BEGINNING], compressor, form, settings.num_sink_tokens)
     key = snapshot_key(model, compressor, settings, windows, held_out)
     with evaluating(model), _frozen(model):
         run = _Training(model, compressor, settings, windows, held_out, Snapshot(workspace, key), progress)
