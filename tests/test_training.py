@@ -288,8 +288,8 @@ def test_a_learned_compressor_begins_at_principal_components(down):
 
 def test_a_form_is_trained_from_a_calibrated_compressor(tmp_path):
     model = tiny_model("llama")
-    settings = QUICK | {"learning_rate": 1e-4}
-    trained = train(model, windows(), random_compressor(model), form=Form(16, latent_nbits=4), **settings)
+    settings = QUICK | {"learning_rate": 1e-3}
+    trained = train(model, windows(), random_compressor(model), form=Form(16, "linear", latent_nbits=4), **settings)
     assert trained.config["kind"] == "learned" and trained.history.best_kl < trained.history.looks[0][1]
     trained.save_pretrained(tmp_path / "made")
     assert KVCompressor.from_pretrained(tmp_path / "made").fingerprint == trained.fingerprint
