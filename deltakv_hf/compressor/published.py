@@ -98,7 +98,7 @@ def read_published(path: Path, source: str) -> tuple[dict, dict[str, torch.Tenso
     _check_required(reader, model_config)
     text = model_config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = text.num_key_value_heads * head_dim
+    width = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim
     tensors = _rename(_load(path, source), text.num_hidden_layers, source)
     latent_width = reader.integer(LATENT_WIDTH, low=1)
     ratio = reader.number(RATIO)
