@@ -32,7 +32,7 @@ def windows(count=20, length=180):
 def coder_and_module(kind):
     compressor = KINDS[kind](tiny_model("llama"))
     coder = compressor.layer(0, 16, 16, torch.device("cpu"))
-    return coder, trainer.MODULES[kind](coder.part)
+    return coder, trainer.MODULES[kind](coder)
 
 
 @pytest.mark.parametrize("count", [1, 5, 41])
@@ -54,11 +54,11 @@ def test_every_parameter_gets_a_gradient(kind):
 
 def test_tensors_of_an_untrained_module_are_those_it_began_with():
     compressor = learned_compressor(tiny_model("llama"))
-    module = TrainableLearned(compressor.layer(0, 16, 16, torch.device("cpu")).part)
+    module = TrainableLearned(compressor.layer(0, 16, 16, torch.device("cpu")))
     for name, tensor in module.tensors().items():
         assert torch.equal(tensor, compressor.tensors[f"layers.0.{name}"])
     compressor = random_compressor(tiny_model("llama"))
-    module = TrainableTransform(compressor.layer(0, 16, 16, torch.device("cpu")).part)
+    module = TrainableTransform(compressor.layer(0, 16, 16, torch.device("cpu")))
     module(torch.randn(1, 20, 32))
     for name, tensor in module.tensors().items():
         torch.testing.assert_close(
@@ -276,12 +276,12 @@ def test_a_learned_compressor_begins_at_principal_components(down):
     made = begin_learned(model, ids, random_compressor(model), Form(32, down, reference_stride=6, top_k=2))
     with evaluating(model):
         tokens = Observer(model).read(ids[0]).tokens[0][None, 4:]
-    read = TrainableLearned(made.layer(0, 16, 16, torch.device("cpu")).part)(tokens)
+    read = TrainableLearned(made.layer(0, 16, 16, torch.device("cpu")))(tokens)
     error = (read - tokens).square().mean() / tokens.square().mean()
     # tokens of a random model have no direction in common that a SwiGLU could stand on
     assert error < (1e-4 if down == "linear" else 0.3)
     narrow = begin_learned(model, ids, random_compressor(model), Form(8, down, reference_stride=6, top_k=2))
-    read = TrainableLearned(narrow.layer(0, 16, 16, torch.device("cpu")).part)(tokens)
+    read = TrainableLearned(narrow.layer(0, 16, 16, torch.device("cpu")))(tokens)
     assert error < (read - tokens).square().mean() / tokens.square().mean() < 1
     assert narrow.bytes_per_token() < made.bytes_per_token()
 

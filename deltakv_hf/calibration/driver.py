@@ -17,7 +17,7 @@ from ..compressor.kv_compressor import KVCompressor
 from ..config import check_integer
 from ..errors import InvalidOptionError
 from .capture import evaluating
-from .inputs import calibration_windows, check_ids, check_positions, nothing_held_out
+from .inputs import calibration_windows, check_ids, check_positions, nothing_held_out, sources_of
 from .run import Clock, Progress, Run, workspace_key
 from .settings import CalibrationSettings
 from .workspace import Workspace
@@ -96,7 +96,7 @@ def calibrate(
     calibration = compressor.config["calibration"]
     calibration["goal"] = {"ratio": ratio} if target_kl is None else {"target_kl": target_kl}
     if isinstance(texts, Mapping):
-        calibration["text"] = [{"source": str(name), "license": "not stated"} for name in texts]
+        calibration["text"] = sources_of(texts)
     return compressor
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers import AutoTokenizer
 
@@ -48,6 +50,11 @@ def nothing_held_out(num_windows: int, measured_windows: int | None) -> InvalidO
         f"`texts` must hold at least {FEWEST_IDS} windows of ids with `target_kl`, which is searched on a fifth of "
         f"them, got {num_windows}: give more, or set `measured_windows`."
     )
+
+
+def sources_of(texts: Mapping) -> list[dict[str, str]]:
+    """What a config notes of several sources; who knows their licences writes them in."""
+    return [{"source": str(name), "license": "not stated"} for name in texts]
 
 
 def _tokenizer(name: str):

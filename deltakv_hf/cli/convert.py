@@ -21,7 +21,7 @@ def run_convert(name: str, out: Path, latent_nbits: int | None, latent_group_siz
     compressor = KVCompressor.from_pretrained(name)
     if latent_nbits is not None:
         compressor = compressor.with_latents(latent_nbits, latent_group_size)
-    compressor.config["share"] = compressor.bytes_per_token() / compressor.dense_bytes_per_token()
+    compressor.config["share"] = compressor.share
     compressor.save_pretrained(out)
     console.print(
         f"{out}: {compressor.bytes_per_token():,.0f} bytes a compressed token, {compressor.config['share']:.1%} of a "

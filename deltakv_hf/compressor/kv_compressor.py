@@ -206,9 +206,11 @@ class KVCompressor:
         """Stored bytes of a compressed token, all layers together."""
         return sum(coder.bytes_per_token() for coder in self._coders)
 
-    def dense_bytes_per_token(self) -> int:
-        """Bytes of the same token in a 16-bit cache."""
-        return sum(2 * sum(layer["widths"]) for layer in self.config["layers"] if layer is not None)
+    @property
+    def share(self) -> float:
+        """Those bytes over the same token's in a 16-bit cache."""
+        dense = sum(2 * sum(layer["widths"]) for layer in self.config["layers"] if layer is not None)
+        return self.bytes_per_token() / dense
 
     def check_model(self, model: PreTrainedModel | PretrainedConfig) -> None:
         """Raises `CompressorError` for a model of another architecture; warns if it is another model of the same."""

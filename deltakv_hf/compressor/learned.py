@@ -112,7 +112,7 @@ class LearnedCompressor:
     """Codes tokens of one layer with a `Learned` on the layer's device."""
 
     def __init__(self, learned: Learned):
-        self.learned = self.part = learned
+        self.learned = learned
         self.width = learned.down.in_width
         self.lattice = learned.lattice
 

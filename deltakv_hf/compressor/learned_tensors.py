@@ -41,6 +41,9 @@ def read_learned(tensors: dict[str, torch.Tensor], record: dict, layer_idx: int,
         raise reader.wrong("a stride of at least 2, a growth from 0, and 1 to 16 references", (stride, growth, top_k))
     down = read_network(reader, "down", width, None)
     up = read_network(reader, "up", down.out_width, width)
+    for part, network in (("down", down), ("up", up)):
+        if not all(weight.isfinite().all() for weight in network.weights.values()):
+            raise reader.wrong(f"finite numbers in `{part}`", "others")
     fits = group_size >= 1 and down.out_width % group_size == 0 and down.out_width * nbits % 8 == 0
     if nbits not in (0, 2, 4, 8) or (nbits and not fits):
         rule = f"latents of {down.out_width} numbers in 0, 2, 4 or 8 bits, whole groups and whole bytes"
@@ -67,6 +70,4 @@ def read_network(reader: LayerTensors, part: str, in_width: int, out_width: int 
         if 0 in weight.shape or (halves and weight.shape[0] % 2):
             raise reader.wrong(f"`{part}` with numbers inside, and two halves for SwiGLU", tuple(weight.shape))
         wanted = weight.shape[0] // 2 if halves else weight.shape[0]
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        raise reader.wrong(f"finite numbers in `{part}`", "others")
     return Network(kind, weights)

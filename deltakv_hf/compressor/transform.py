@@ -103,7 +103,7 @@ class TransformCompressor:
     """Codes tokens of one layer with a `Transform` on the layer's device."""
 
     def __init__(self, transform: Transform):
-        self.transform = self.part = transform
+        self.transform = transform
         self.width = transform.mean.shape[0]
         self.lattice = Lattice(transform.reference_stride)
 

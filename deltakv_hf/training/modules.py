@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import dispatch
 from ..calibration.vectors import to_grid
-from ..compressor import Learned, Transform, project
+from ..compressor import LearnedCompressor, TransformCompressor, project
 from ..references import Lattice
 
 
@@ -22,14 +22,14 @@ class TrainableLearned(nn.Module):
     """The learned compressor of the paper, `compressor/learned.py`, with parameters in float32.
 
     Args:
-        learned: where training begins.
+        coder: where training begins.
     """
 
     learning_rate = 6e-5
 
-    def __init__(self, learned: Learned):
+    def __init__(self, coder: LearnedCompressor):
         super().__init__()
-        self.learned = learned
+        self.learned = learned = coder.learned
         networks = {"down": learned.down, "up": learned.up}
         self.kinds = {part: network.kind for part, network in networks.items()}
         self.weights = nn.ParameterDict()
@@ -92,14 +92,14 @@ class TrainableTransform(nn.Module):
     the mean. Both move in units of the layer's coding error, so that one learning rate fits all layers and groups.
 
     Args:
-        transform: where training begins.
+        coder: where training begins.
     """
 
     learning_rate = 5e-2
 
-    def __init__(self, transform: Transform):
+    def __init__(self, coder: TransformCompressor):
         super().__init__()
-        self.transform = transform
+        self.transform = transform = coder.transform
         # measured on the first tokens; 0 until then
         self.register_buffer("unit", torch.zeros((), device=transform.mean.device))
         self.books = {"reference": transform.reference_codebook, "residual": transform.residual_codebook}

@@ -45,11 +45,13 @@ def continued_kl(
     model = observer.model
     rest = ids[context:].to(model.device)[None]
     clean = observer.read(ids[:context])
+    # apart from the cache, which is copied
+    captured, clean.tokens = clean.tokens, {}
     cache = copy.deepcopy(clean)
     with torch.no_grad():
         full = model(input_ids=rest, past_key_values=clean, use_cache=True).logits[0].float().log_softmax(-1)
     for layer_idx, module in modules.items():
-        layer, tokens = cache.layers[layer_idx], clean.tokens[layer_idx][None]
+        layer, tokens = cache.layers[layer_idx], captured[layer_idx][None]
         read = torch.cat([tokens[:, : stored.start], module(tokens[:, stored]), tokens[:, stored.stop :]], dim=1)
         form, tables = observer.forms[layer_idx], clean.tables.get(layer_idx)
         states = dense_states(read, observer.widths[layer_idx][0], observer.heads[layer_idx], form, tables)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..attach import unwrap
 from ..calibration.capture import LOSS_SCALE, Observer, evaluating
-from ..calibration.inputs import calibration_windows, check_ids, check_positions
+from ..calibration.inputs import calibration_windows, check_ids, check_positions, sources_of
 from ..calibration.report import measure, measured_row
 from ..compressor.kv_compressor import KVCompressor
 from ..config import check_integer
@@ -105,7 +106,7 @@ def train(
         check_integer("measured_windows", measured_windows, low=1)
     compressor.check_model(model)
     if isinstance(texts, torch.Tensor):
-        settings = TrainingSettings(**asdict(settings) | {"window": check_ids(model, texts).shape[1]})
+        settings = replace(settings, window=check_ids(model, texts).shape[1])
     calibration = settings.reading()
     check_positions(model, calibration)
     windows, held_out = calibration_windows(model, texts, tokenizer, calibration, measured_windows)
@@ -121,9 +122,8 @@ def train(
         run = _Training(model, compressor, settings, windows, held_out, Snapshot(workspace, key), progress)
         run.run()
         trained = run.result(texts)
-        share = trained.bytes_per_token() / trained.dense_bytes_per_token()
         fidelity = measure(model, trained, held_out, settings.window - settings.context, progress)
-    trained.config |= {"share": share, "measured": [measured_row(fidelity, share)]}
+    trained.config |= {"share": trained.share, "measured": [measured_row(fidelity, trained.share)]}
     return trained
 
 
@@ -142,7 +142,7 @@ class _Training:
         self.modules = torch.nn.ModuleDict()
         for layer_idx, (key_width, value_width) in self.observer.widths.items():
             coder = compressor.layer(layer_idx, key_width, value_width, model.device)
-            self.modules[str(layer_idx)] = made(coder.part)
+            self.modules[str(layer_idx)] = made(coder)
         self.calls = {int(layer_idx): self._call(module) for layer_idx, module in self.modules.items()}
         # gradients are as small as the components' errors
         self.optimizer = torch.optim.Adam(self.modules.parameters(), betas=(0.9, 0.95), eps=1e-15)
@@ -288,39 +288,32 @@ class _Training:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
         if isinstance(texts, Mapping):
-            note["text"] = [{"source": str(name), "license": "not stated"} for name in texts]
+            note["text"] = sources_of(texts)
         trained = KVCompressor(compressor.config | {"training": note}, tensors)
         trained.history = history
         return trained
 
 
-class _frozen:
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter of the model requires grad inside; as it was after."""
-
-    def __init__(self, model):
-        self.required = [p for p in model.parameters() if p.requires_grad]
-
-    def __enter__(self):
-        for parameter in self.required:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_):
-        for parameter in self.required:
+    required = [p for p in model.parameters() if p.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
             parameter.requires_grad_(True)
 
 
-class _memory:
+@contextmanager
+def _memory(settings: TrainingSettings) -> Iterator[None]:
     """Says what to do where memory is short."""
-
-    def __init__(self, settings: TrainingSettings):
-        self.settings = settings
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError(
-                f"`window` must fit the device's memory, got {self.settings.window}: lower it, set "
-                "`gradient_checkpointing`, or load the model in 16 bits. (`batch_size` costs no memory.)"
-            ) from error
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"`window` must fit the device's memory, got {settings.window}: lower it, set `gradient_checkpointing`, or "
+            "load the model in 16 bits. (`batch_size` costs no memory.)"
+        ) from error
