@@ -53,7 +53,7 @@ def random_transform(
 def random_compressor(model: PreTrainedModel, stride: int = 4, splits: int = 1) -> KVCompressor:
     """A compressor for `model`: of two layers the second has no references."""
     observer = Observer(model)
-    seen = observer.read(torch.arange(1, 12) % model.config.get_text_config().vocab_size).tokens
+    seen = observer.read(torch.arange(1, 12)[None] % model.config.get_text_config().vocab_size).tokens
     tensors, records = {}, [None] * (max(observer.widths) + 1)
     for place, (layer_idx, widths) in enumerate(observer.widths.items()):
         made, records[layer_idx] = random_transform(

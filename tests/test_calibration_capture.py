@@ -37,18 +37,18 @@ MODELS = {name: lambda name=name: tiny_model(name) for name in SENSITIVE} | {"na
 def test_watching_does_not_change_what_is_watched(family):
     model, ids = family.model(), prompt(1, 30)[0]
     observer = Observer(model)
-    cache = observer.read(ids)
+    cache = observer.read(ids[None])
     plain = DynamicCache(config=model.config)
     model(ids[None], past_key_values=plain)
     for layer_idx, tokens in cache.tokens.items():
         watched, layer = cache.layers[layer_idx], plain.layers[layer_idx]
         assert torch.equal(watched.keys, layer.keys) and torch.equal(watched.values, layer.values)
-        assert tokens.shape == (30, sum(observer.widths[layer_idx]))
+        assert tokens.shape == (1, 30, sum(observer.widths[layer_idx]))
         values = layer.values[0].transpose(0, 1).flatten(1)
-        assert torch.equal(tokens[:, -values.shape[1] :], values)
+        assert torch.equal(tokens[0, :, -values.shape[1] :], values)
     for gradients in observer.gradients(cache, ids[:5], 2, torch.Generator().manual_seed(0)):
         assert gradients.keys() == cache.tokens.keys()
-        assert all(gradients[i].shape == tokens.shape for i, tokens in cache.tokens.items())
+        assert all(gradients[i].shape == tokens.shape[1:] for i, tokens in cache.tokens.items())
 
 
 def test_gradients_are_those_of_unrotated_keys():
@@ -56,13 +56,13 @@ def test_gradients_are_those_of_unrotated_keys():
     for family in ("llama", "llama-yarn"):
         model, ids = tiny_model(family), prompt(1, 40)[0]
         observer = Observer(model)
-        cache = observer.read(ids[:-10])
+        cache = observer.read(ids[None, :-10])
         (found,) = observer.gradients(cache, ids[-10:], 1, torch.Generator().manual_seed(3))
         leaves, plain = {}, DynamicCache(config=model.config)
         with torch.enable_grad():
             cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(30)[None])
             for layer_idx, tokens in cache.tokens.items():
-                leaves[layer_idx] = tokens.clone().requires_grad_(True)
+                leaves[layer_idx] = tokens[0].clone().requires_grad_(True)
                 parts = leaves[layer_idx].view(1, 30, 2, 2, 8).permute(2, 0, 3, 1, 4)
                 keys, _ = apply_rotary_pos_emb(parts[0], parts[0], cos, sin)
                 plain.update(keys, parts[1], layer_idx)
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_unrotated_keys():
 
 def noisy(observer, ids, layer_idx, part, noise):
     """Logits after a context whose `part` (0: un-rotated keys, 1: values) of a layer is off by `noise` [n, width]."""
-    cache = observer.read(ids[:-PREDICTED])
+    cache = observer.read(ids[None, :-PREDICTED])
     layer = cache.layers[layer_idx]
     name = ("keys", "values")[part]
     held = getattr(layer, name)
@@ -98,7 +98,7 @@ def test_sensitivity_tells_what_noise_costs(family):
     observer, generator = Observer(model), torch.Generator().manual_seed(0)
     context = len(ids) - PREDICTED
     squares = {}
-    for gradients in observer.gradients(observer.read(ids[:-PREDICTED]), ids[-PREDICTED:], 60, generator):
+    for gradients in observer.gradients(observer.read(ids[None, :-PREDICTED]), ids[-PREDICTED:], 60, generator):
         for layer_idx, gradient in gradients.items():
             squares[layer_idx] = squares.get(layer_idx, 0) + gradient.T @ gradient / (60 * context)
     layer_idx = min(squares)
@@ -124,7 +124,7 @@ def test_gradients_in_half_precision(dtype):
     model, ids = new_model("llama").to(dtype), prompt(1, 60)[0]
     observer, exact = Observer(model), Observer(tiny_model("llama"))
     (found,), (expected,) = (
-        o.gradients(o.read(ids[:-10]), ids[-10:], 1, torch.Generator().manual_seed(0)) for o in (observer, exact)
+        o.gradients(o.read(ids[None, :-10]), ids[-10:], 1, torch.Generator().manual_seed(0)) for o in (observer, exact)
     )
     for layer_idx, gradient in found.items():
         assert gradient.dtype == torch.float32
@@ -141,7 +141,7 @@ def test_gradients_that_half_precision_could_not_hold():
     model = model.half()
     exact = copy.deepcopy(model).float()
     (found,), (expected,) = (
-        o.gradients(o.read(ids[:-10]), ids[-10:], 1, torch.Generator().manual_seed(0))
+        o.gradients(o.read(ids[None, :-10]), ids[-10:], 1, torch.Generator().manual_seed(0))
         for o in (Observer(model), Observer(exact))
     )
     for layer_idx, gradient in found.items():
@@ -168,7 +168,7 @@ def state_of(model):
 def test_a_reading_that_is_broken_off_leaves_gradients_off():
     """They were on between two draws."""
     observer, ids = Observer(tiny_model("llama")), prompt(1, 20)[0]
-    draws = observer.gradients(observer.read(ids), ids, 3, torch.Generator())
+    draws = observer.gradients(observer.read(ids[None]), ids, 3, torch.Generator())
     next(draws)
     assert not torch.is_grad_enabled()
 
@@ -201,7 +201,8 @@ def test_sensitivity_is_the_mean_square_of_gradients(tmp_path):
     sums = 0
     for number in range(2):
         generator = torch.Generator().manual_seed(5 * 100_003 + number)
-        for drawn in observer.gradients(observer.read(windows[number, :40]), windows[number, 40:], 2, generator):
+        cache = observer.read(windows[number : number + 1, :40])
+        for drawn in observer.gradients(cache, windows[number, 40:], 2, generator):
             gradient = drawn[1][4:].double()
             sums = sums + gradient.T @ gradient
     of_groups = [[*range(0, 8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
@@ -209,7 +210,7 @@ def test_sensitivity_is_the_mean_square_of_gradients(tmp_path):
     torch.testing.assert_close(seen.sensitivity[1], expected, rtol=1e-4, atol=1e-6 * expected.max().item())
     assert seen.num_windows == 3 and seen.widths == {0: (16, 16), 1: (16, 16)}
     tokens = seen.workspace.read_window(2, 1, torch.device("cpu"))
-    torch.testing.assert_close(tokens, observer.read(windows[2, :40]).tokens[1][4:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(tokens, observer.read(windows[2:, :40]).tokens[1][0, 4:], rtol=1e-3, atol=1e-4)
 
 
 def test_families_are_known():

@@ -42,7 +42,7 @@ class CaptureCache(DynamicCache):
         """Stores new tokens as the host does and keeps what a compressor would be given."""
         if self.is_capturing and layer_idx in self.forms:
             states = key_states, value_states, self.tables.get(layer_idx)
-            self.tokens[layer_idx] = unrotated_tokens(self.forms[layer_idx], *states)[0]
+            self.tokens[layer_idx] = unrotated_tokens(self.forms[layer_idx], *states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -63,23 +63,23 @@ class Observer:
             raise UnsupportedModelError(
                 f"`model` must have layers with full attention to calibrate, {type(model).__name__} has none."
             )
-        seen = self.read(torch.zeros(2, dtype=torch.int64)).layers
+        seen = self.read(torch.zeros(1, 2, dtype=torch.int64)).layers
         parts = {layer_idx: (seen[layer_idx].keys, seen[layer_idx].values) for layer_idx in self.forms}
         self.widths = {i: tuple(part.shape[1] * part.shape[3] for part in pair) for i, pair in parts.items()}
         self.heads = {i: keys.shape[1] for i, (keys, _) in parts.items()}
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> CaptureCache:
-        """Reads `ids` `[n]` in one call."""
+        """Reads `ids` `[batch, n]` in one call; the tokens captured are `[batch, n, width]`."""
         cache = CaptureCache(self.config, self.forms)
-        self.model(input_ids=ids.to(self.model.device)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.is_capturing = False
         return cache
 
     def gradients(
         self, cache: CaptureCache, ids: torch.Tensor, draws: int, generator: torch.Generator
     ) -> Iterator[dict[int, torch.Tensor]]:
-        """Predicts `ids` `[n]` after what `cache` holds, and draws an answer from each prediction `draws` times.
+        """Predicts `ids` `[n]` after what `cache`, of one row, holds, and draws an answer from each `draws` times.
 
         The squares of the gradients of the answers' log likelihood are, on average, the Fisher information: what an
         error in a stored token adds to KL(full || compressed), to second order.

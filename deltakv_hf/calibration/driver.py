@@ -17,7 +17,7 @@ from ..compressor.kv_compressor import KVCompressor
 from ..config import check_integer
 from ..errors import InvalidOptionError
 from .capture import evaluating
-from .inputs import calibration_windows, check_ids, check_positions, nothing_held_out, sources_of
+from .inputs import calibration_windows, check_differentiable, check_ids, check_positions, nothing_held_out, sources_of
 from .run import Clock, Progress, Run, workspace_key
 from .settings import CalibrationSettings
 from .workspace import Workspace
@@ -71,11 +71,7 @@ def calibrate(
     ratio = check_goal(ratio, target_kl)
     if measured_windows is not None:
         check_integer("measured_windows", measured_windows, low=0)
-    if any(part.is_inference() for part in (*model.parameters(), *model.buffers())):
-        raise InvalidOptionError(
-            "`model` must be differentiable, got one that was loaded under `torch.inference_mode()`, which rules that "
-            "out for ever. Load it outside; calibration itself may be called inside."
-        )
+    check_differentiable(model)
     if isinstance(texts, torch.Tensor):
         settings = replace(settings, window=check_ids(model, texts).shape[1])
     check_positions(model, settings)

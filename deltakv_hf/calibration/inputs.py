@@ -88,6 +88,15 @@ def check_positions(model, settings: CalibrationSettings) -> None:
         ) from error
 
 
+def check_differentiable(model) -> None:
+    """Raises for a model that no gradient can go through."""
+    if any(part.is_inference() for part in (*model.parameters(), *model.buffers())):
+        raise InvalidOptionError(
+            "`model` must be differentiable, got one that was loaded under `torch.inference_mode()`, which rules that "
+            "out for ever. Load it outside; this function itself may be called inside."
+        )
+
+
 def check_ids(model, ids: torch.Tensor) -> torch.Tensor:
     """`ids` themselves; raises unless they are `[windows, tokens]` int64 that the model knows."""
     if ids.ndim != 2 or ids.dtype != torch.int64:

@@ -62,8 +62,8 @@ def collect(
         if not wants_gradients and workspace.has_window(number):
             advance()
             continue
-        cache = observer.read(ids[:-predicted])
-        tokens = {layer_idx: cache.tokens[layer_idx][num_sinks:] for layer_idx in observer.forms}
+        cache = observer.read(ids[None, :-predicted])
+        tokens = {layer_idx: cache.tokens[layer_idx][0, num_sinks:] for layer_idx in observer.forms}
         _check_finite(tokens)
         if wants_gradients:
             generator = torch.Generator(device).manual_seed(seed * 100_003 + number)

@@ -14,6 +14,9 @@ from ..errors import InvalidOptionError
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: what suits the device.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+TextLicense = Annotated[
+    list[str] | None, typer.Option(help="FILE=LICENCE of a text, for the model card; may be repeated.")
+]
 
 
 def given(options: dict) -> dict:

@@ -48,7 +48,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     check_out(settings.out)
     _check_workspace(settings.workspace, settings.out)
     texts = read_documents(settings.text)
-    licenses = _licenses(settings.licenses, list(texts))
+    licenses = licenses_of(settings.licenses, list(texts))
     model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
     out = settings.out.resolve()
     workspace = settings.workspace or out.with_name(f".{out.name[:200]}.calibration")
@@ -63,8 +63,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         )
     calibration = compressor.config["calibration"]
     calibration["command"] = command_line()
-    for source in calibration["text"]:
-        source["license"] = licenses.get(source["source"], source["license"])
+    note_licenses(calibration["text"], licenses)
     if settings.license:
         compressor.config["license"] = settings.license
     report = compressor.report
@@ -118,7 +117,7 @@ def stages(bar) -> Callable[[str, int], Callable[[], None]]:
     return stage
 
 
-def _licenses(entries: list[str], texts: list[str]) -> dict[str, str]:
+def licenses_of(entries: list[str], texts: list[str]) -> dict[str, str]:
     """Licences by text, of entries `FILE=LICENCE`; a file may be named with its ending or without."""
     licenses = {}
     for entry in entries:
@@ -130,6 +129,12 @@ def _licenses(entries: list[str], texts: list[str]) -> dict[str, str]:
             )
         licenses |= dict.fromkeys(named, licence)
     return licenses
+
+
+def note_licenses(sources: list[dict[str, str]], licenses: dict[str, str]) -> None:
+    """Writes what is known of licences into a config's sources of text."""
+    for source in sources:
+        source["license"] = licenses.get(source["source"], source["license"])
 
 
 def _print(compressor: KVCompressor, out: Path) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..compressor.folder import check_place
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
+from .calibrate import check_out
 from .console import console
 
 
 def run_convert(name: str, out: Path, latent_nbits: int | None, latent_group_size: int | None) -> None:
     """Loads, changes what is stored of a latent if asked to, writes, and says what came of it."""
-    check_place(out, "out")
+    check_out(out)
     if latent_nbits is None and latent_group_size is not None:
         raise InvalidOptionError(
             f"`latent_group_size` must come with `latent_nbits`, got {latent_group_size} alone: it says how many "

@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'deltakv-hf[demo]'") from error
 
-from .arguments import Device, Dtype, Threads, given
+from .arguments import Device, Dtype, TextLicense, Threads, given
 from .console import readable_errors
 from .eval import eval_app
 
@@ -129,7 +129,10 @@ def train(
     down: Annotated[str, typer.Option(help="Its network: mlp_swiglu, the paper's, or linear.")] = "mlp_swiglu",
     loss: Annotated[str | None, typer.Option(help="kl, or paper: next token and squared errors. Default: kl.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Steps of the optimiser. Default: 400.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows of a step. Default: 4.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows read at once. Default: 4.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Batches of a step, one after the other. Default: 1.")
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a window. Default: 4096.")] = None,
     num_tokens: Annotated[int | None, typer.Option(help="Tokens of text to learn from. Default: 2000000.")] = None,
     learning_rate: Annotated[
@@ -140,6 +143,7 @@ def train(
     measured_windows: Annotated[int | None, typer.Option(help="Windows held out. Default: 4 to 9.")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random choice. Default: 0.")] = None,
+    text_license: TextLicense = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -154,6 +158,7 @@ def train(
             "loss": loss,
             "num_steps": num_steps,
             "batch_size": batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
             "window": window,
             "num_tokens": num_tokens,
             "learning_rate": learning_rate,
@@ -167,7 +172,7 @@ def train(
             from ..training import Form
 
             options["form"] = Form(latent_width, down, latent_nbits=latent_nbits)
-        run_train(TrainSettings(model, compressor, text, out, given(options), device, dtype))
+        run_train(TrainSettings(model, compressor, text, out, given(options), text_license or [], device, dtype))
 
 
 @app.command()
@@ -220,9 +225,7 @@ def calibrate(
     workspace: Annotated[
         Path | None, typer.Option(help="Folder that keeps what was read, for other ratios. Default: none, once done.")
     ] = None,
-    text_license: Annotated[
-        list[str] | None, typer.Option(help="FILE=LICENCE of a text, for the model card; may be repeated.")
-    ] = None,
+    text_license: TextLicense = None,
     license_: Annotated[str | None, typer.Option("--license", help="Of the compressor, for the model card.")] = None,
     device: Device = None,
     dtype: Dtype = None,

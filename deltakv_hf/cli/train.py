@@ -15,7 +15,7 @@ from ..compressor.kv_compressor import KVCompressor
 from ..evaluation.model import load_by_name
 from ..training import History, train
 from .arguments import command_line
-from .calibrate import as_png, check_out, stages
+from .calibrate import as_png, check_out, licenses_of, note_licenses, stages
 from .console import console, progress_bar
 
 
@@ -28,6 +28,7 @@ class TrainSettings:
     text: list[Path]
     out: Path
     options: dict
+    licenses: list[str]
     device: str | None
     dtype: str | None
 
@@ -36,6 +37,7 @@ def run_train(settings: TrainSettings) -> None:
     """Runs the command; the state stays beside `out` until the folder is written."""
     check_out(settings.out)
     texts = read_documents(settings.text)
+    licenses = licenses_of(settings.licenses, list(texts))
     compressor = KVCompressor.from_pretrained(settings.compressor)
     state = PartialState()
     device = str(state.device) if state.num_processes > 1 else settings.device
@@ -54,7 +56,9 @@ def run_train(settings: TrainSettings) -> None:
         )
     if not state.is_main_process:
         return
-    trained.config["training"]["command"] = command_line()
+    note = trained.config["training"]
+    note["command"] = command_line()
+    note_licenses(note["text"], licenses)
     history = trained.history
     files = {
         "training.json": json.dumps(asdict(history), indent=2).encode(),

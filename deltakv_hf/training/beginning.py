@@ -92,8 +92,8 @@ def begin_learned(
         observer = Observer(model)
         sums = {layer_idx: _Sums(sum(widths)) for layer_idx, widths in observer.widths.items()}
         for ids in windows:
-            for layer_idx, tokens in observer.read(ids).tokens.items():
-                sums[layer_idx].add(tokens[None, num_sink_tokens:], form)
+            for layer_idx, tokens in observer.read(ids[None]).tokens.items():
+                sums[layer_idx].add(tokens[:, num_sink_tokens:], form)
     for layer_idx, widths in observer.widths.items():
         if sum(widths) < form.latent_width:
             raise InvalidOptionError(

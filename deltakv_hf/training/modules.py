@@ -141,10 +141,11 @@ class TrainableTransform(nn.Module):
     def _present(self, part: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Tables of integers and steps as they would be stored, and their vectors with gradients."""
         book, tables, steps, vectors = self.books[part], [], [], []
+        # a run that has not moved is on its grid already; asked once, since the answer waits for the device
+        has_moved = bool(self.unit)
         for number, (table, step) in enumerate(zip(book.tables, book.steps, strict=True)):
             moved = table.float() * step[:, None, None] + self.unit * self.vectors[f"{part}/{number}"]
-            # a run that has not moved is on its grid already
-            grid = (table, step) if self.unit == 0 else to_grid(moved.detach())
+            grid = to_grid(moved.detach()) if has_moved else (table, step)
             tables.append(grid[0])
             steps.append(grid[1])
             vectors.append(straight_through(moved, grid[0].float() * grid[1][:, None, None]))

@@ -36,28 +36,33 @@ def continued_kl(
     are, and later tokens are raw.
 
     Args:
-        modules: of each layer, `[1, n, width]` tokens -> what they read back as.
-        ids: `[n]` int64.
+        modules: of each layer, `[batch, n, width]` tokens -> what they read back as.
+        ids: `[batch, n]` int64.
 
     Returns:
         nats, the mean over the predictions after the context.
     """
     model = observer.model
-    rest = ids[context:].to(model.device)[None]
-    clean = observer.read(ids[:context])
+    rest = ids[:, context:].to(model.device)
+    clean = observer.read(ids[:, :context])
     # apart from the cache, which is copied
     captured, clean.tokens = clean.tokens, {}
     cache = copy.deepcopy(clean)
     with torch.no_grad():
-        full = model(input_ids=rest, past_key_values=clean, use_cache=True).logits[0].float().log_softmax(-1)
+        full = _log_likelihoods(model, rest, clean)
     for layer_idx, module in modules.items():
-        layer, tokens = cache.layers[layer_idx], captured[layer_idx][None]
+        layer, tokens = cache.layers[layer_idx], captured[layer_idx]
         read = torch.cat([tokens[:, : stored.start], module(tokens[:, stored]), tokens[:, stored.stop :]], dim=1)
         form, tables = observer.forms[layer_idx], clean.tables.get(layer_idx)
         states = dense_states(read, observer.widths[layer_idx][0], observer.heads[layer_idx], form, tables)
         layer.keys, layer.values = (part.to(layer.keys.dtype) for part in states)
-    logits = model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
-    return F.kl_div(logits, full, log_target=True, reduction="batchmean")
+    return F.kl_div(_log_likelihoods(model, rest, cache), full, log_target=True, reduction="batchmean")
+
+
+def _log_likelihoods(model, ids: torch.Tensor, cache) -> torch.Tensor:
+    """Of what follows `ids` `[batch, n]`: `[batch * n, vocabulary]` float32."""
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return logits.flatten(0, 1).float().log_softmax(-1)
 
 
 class ReplacingCache(CaptureCache):
@@ -88,10 +93,13 @@ def paper_loss(
 
     Every layer attends to all tokens behind the sinks as they read back, and hands on what comes of it; errors are
     those against the tokens of a forward without compression.
+
+    Args:
+        ids: `[batch, n]` int64.
     """
     clean = observer.read(ids).tokens
     cache = ReplacingCache(observer, modules, num_sink_tokens)
     ids = ids.to(observer.model.device)
-    logits = observer.model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0].float()
-    errors = [F.mse_loss(read[0], clean[layer_idx]) for layer_idx, read in cache.read.items()]
-    return F.cross_entropy(logits[:-1], ids[1:]) + torch.stack(errors).sum()
+    logits = observer.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    errors = [F.mse_loss(read, clean[layer_idx]) for layer_idx, read in cache.read.items()]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()) + torch.stack(errors).sum()

@@ -21,7 +21,8 @@ class TrainingSettings:
             a cache does it; contexts are of several lengths. "paper": next-token loss with every layer attending to
             what its tokens read back as, plus squared errors (arXiv 2602.08005, section 4).
         num_steps: steps of the optimiser.
-        batch_size: windows of a step, one after the other; with several processes, of each of them.
+        batch_size: windows read at once; with several processes, by each of them.
+        gradient_accumulation_steps: batches of a step, one after the other.
         window: tokens of a window, 176 at least; with "kl" a quarter of so many is predicted from the rest.
         num_tokens: tokens of text to learn from; they come again once all were seen.
         learning_rate: largest step, of a vector in units of its layer's coding error or of a network's weight; None
@@ -39,6 +40,7 @@ class TrainingSettings:
     loss: str = "kl"
     num_steps: int = 400
     batch_size: int = 4
+    gradient_accumulation_steps: int = 1
     window: int = 4096
     num_tokens: int = 2_000_000
     learning_rate: float | None = None
@@ -55,7 +57,7 @@ class TrainingSettings:
         if self.loss not in LOSSES:
             raise InvalidOptionError(f"`loss` must be {' or '.join(LOSSES)}, got {self.loss!r}.")
         check_integer("window", self.window, low=SHORTEST_WINDOW)
-        for name in ("num_steps", "batch_size", "num_tokens", "eval_every", "patience"):
+        for name in ("num_steps", "batch_size", "gradient_accumulation_steps", "num_tokens", "eval_every", "patience"):
             check_integer(name, getattr(self, name), low=1)
         check_integer("num_sink_tokens", self.num_sink_tokens, low=0, high=self.window // 2)
         check_integer("recent_window", self.recent_window, low=0, high=self.window // 2)
@@ -85,7 +87,7 @@ class TrainingSettings:
         return self.window - self.window // 4
 
     def context_of(self, number: int) -> int:
-        """The context that a window is trained with: all of it, or now and then a half or a quarter.
+        """The context that a batch is trained with: all of it, or now and then a half or a quarter.
 
         What is learnt from long contexts alone helps short ones less.
         """

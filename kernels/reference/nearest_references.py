@@ -75,6 +75,13 @@ def _merge(best, best_idx, distance, idx, top_k):
         place = torch.where(distance == tile_best, idx, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
         better = tile_best < best
         return torch.where(better, tile_best, best), torch.where(better, place, best_idx)
+    # what is known stands first: the earliest place among equals is the earlier reference
     distance, idx = torch.cat([best, distance], -1), torch.cat([best_idx, idx], -1)
-    order = distance.sort(dim=-1, stable=True).indices[..., :top_k]
-    return distance.gather(-1, order), idx.gather(-1, order)
+    places = torch.arange(distance.shape[-1], device=distance.device)
+    # few passes are far faster than a stable sort
+    nearest, order = [], []
+    for _ in range(top_k):
+        nearest.append(distance.amin(-1, keepdim=True))
+        order.append(torch.where(distance == nearest[-1], places, len(places) - 1).amin(-1, keepdim=True))
+        distance.scatter_(-1, order[-1], torch.inf)
+    return torch.cat(nearest, -1), idx.gather(-1, torch.cat(order, -1))
