@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+
+import torch
+
+from .errors import InvalidOptionError
+from .kernels import reference
 from .kernels.reference import (
     LINEAR_MAPS,
     Attended,
@@ -9,12 +16,10 @@ from .kernels.reference import (
     dequantize,
     feed_forward,
     grid_limit,
-    nearest_references,
     predict,
     quantize,
     reconstruct,
     vector_dequantize,
-    vector_quantize,
 )
 
 __all__ = [
@@ -31,3 +36,50 @@ __all__ = [
     "vector_dequantize",
     "vector_quantize",
 ]
+
+BACKENDS = ("reference", "triton")
+
+
+def nearest_references(
+    tokens: torch.Tensor,
+    references: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/nearest_references.py`; every backend gives the same references."""
+    return _op("nearest_references", backend, tokens.device)(tokens, references, num_visible, top_k)
+
+
+def vector_quantize(
+    x: torch.Tensor,
+    starts: list[int],
+    tables: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/vector_quantize.py`; every backend gives the same bytes."""
+    return _op("vector_quantize", backend, x.device)(x, starts, tables, steps)
+
+
+def _op(name: str, backend: str | None, device: torch.device):
+    """The function of an op; None takes the reference, until a kernel has been measured on a GPU.
+
+    Raises:
+        InvalidOptionError: there is no such backend, or it cannot run here.
+    """
+    if backend not in (None, *BACKENDS):
+        raise InvalidOptionError(f"`backend` must be {' or '.join(BACKENDS)}, got {backend!r}.")
+    if backend != "triton":
+        return getattr(reference, name)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InvalidOptionError(
+            f"`backend` must run on the device of the tensors, got 'triton' and {device.type}: move them to an NVIDIA "
+            "GPU, or leave `backend` out."
+        )
+    try:
+        return getattr(import_module(f".kernels.triton_ops.{name}", __package__), name)
+    except ImportError as error:
+        raise InvalidOptionError(
+            f"`backend` must be installed, got 'triton': {error}. Install triton 3.4 or newer, or leave `backend` out."
+        ) from error

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from .compressor import DirectCompressor, LearnedCompressor, TransformCompressor
+from .compressor import Coder
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin, upload, without_autocast
 from .layout import Crop, Flush, FlushGroup, Layout, Step
@@ -44,7 +44,7 @@ class DeltaKVLayer(CacheLayerMixin):
         self.ledger = ledger
         self.form = form
         self.tables: RopeTables | None = None
-        self.compressor: DirectCompressor | TransformCompressor | LearnedCompressor | None = None
+        self.compressor: Coder | None = None
         self.state: LayerState | None = None
         self._make_compressor = make_compressor
         self._registry = registry

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
-from .compressor import DirectCompressor, LearnedCompressor, TransformCompressor, project
+from .compressor import Coder, TransformCompressor, project
 from .hf_compat import without_autocast
 from .layout import Layout, View
 from .rope import RopeForm, RopeTables
@@ -38,7 +38,7 @@ class StateReader:
 
     state: LayerState
     layout: Layout
-    compressor: DirectCompressor | TransformCompressor | LearnedCompressor
+    compressor: Coder
     form: RopeForm | None
     tables: RopeTables | None
     num_sink_tokens: int

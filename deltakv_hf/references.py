@@ -46,6 +46,11 @@ class Lattice:
         positions = _growing_positions(self.stride, self.growth, _round_up(num_tokens))
         return bisect_left(positions, num_tokens)
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every token is a reference."""
+        return self.stride == 1 and self.growth == 0
+
     def span(self, start: int, stop: int, device: torch.device | str = "cpu") -> Span:
         """Splits tokens `start .. stop - 1`; the index tensors are on `device`."""
         return _span(self, start, stop, torch.device(device))
@@ -84,7 +89,7 @@ def _span(lattice: Lattice, start: int, stop: int, device: torch.device) -> Span
 
 def check_num_references(lattice: Lattice, num_tokens: int) -> None:
     """Raises if `num_tokens` compressed tokens of a row have more references than 16 bits can number."""
-    if lattice.stride == 1 and lattice.growth == 0:
+    if lattice.is_everywhere:
         # all are references, and none has a number
         return
     if lattice.count(num_tokens) > MAX_REFERENCES:

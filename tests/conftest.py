@@ -10,6 +10,11 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+
+# read when a kernel is defined
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from kinds import FAMILIES, KINDS
 from models import tiny_model
 

@@ -288,19 +288,20 @@ def test_the_command_trains_from_text(tmp_path):
     assert_refused(run(*command, "--out", tmp_path / "model"), "out")
 
 
+@pytest.mark.parametrize("metric", [lambda model: None, random_compressor], ids=["plain", "calibrated"])
 @pytest.mark.parametrize("down", ["linear", "mlp_swiglu"])
-def test_a_learned_compressor_begins_at_principal_components(down):
+def test_a_learned_compressor_begins_at_principal_components(down, metric):
     """With room for every component the linear map loses nothing but bits; a SwiGLU computes nearly the same."""
     model = tiny_model("llama")
-    ids = windows(8)
-    made = begin_learned(model, ids, random_compressor(model), Form(32, down, reference_stride=6, top_k=2))
+    ids, metric = windows(8), metric(model)
+    made = begin_learned(model, ids, metric, Form(32, down, reference_stride=6, top_k=2))
     with evaluating(model):
         tokens = Observer(model).read(ids[:1]).tokens[0][:, 4:]
     read = TrainableLearned(made.layer(0, 16, 16, torch.device("cpu")))(tokens)
     error = (read - tokens).square().mean() / tokens.square().mean()
     # tokens of a random model have no direction in common that a SwiGLU could stand on
     assert error < (1e-4 if down == "linear" else 0.3)
-    narrow = begin_learned(model, ids, random_compressor(model), Form(8, down, reference_stride=6, top_k=2))
+    narrow = begin_learned(model, ids, metric, Form(8, down, reference_stride=6, top_k=2))
     read = TrainableLearned(narrow.layer(0, 16, 16, torch.device("cpu")))(tokens)
     assert error < (read - tokens).square().mean() / tokens.square().mean() < 1
     assert narrow.bytes_per_token() < made.bytes_per_token()
@@ -313,6 +314,10 @@ def test_a_form_is_trained_from_a_calibrated_compressor(tmp_path):
     assert trained.config["kind"] == "learned" and trained.history.best_kl < trained.history.looks[0][1]
     trained.save_pretrained(tmp_path / "made")
     assert KVCompressor.from_pretrained(tmp_path / "made").fingerprint == trained.fingerprint
+    plain = train(model, windows(), form=Form(16, "linear"), **settings)
+    assert plain.config["model"] == trained.config["model"] and plain.history.best_kl < plain.history.looks[0][1]
+    with pytest.raises(InvalidOptionError, match="`compressor` must be given"):
+        train(model, windows(), **settings)
     with pytest.raises(InvalidOptionError, match="latent_width"):
         train(model, windows(), trained, form=Form(16), **settings)
     with pytest.raises(InvalidOptionError, match="latent_width"):

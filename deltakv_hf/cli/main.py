@@ -115,12 +115,14 @@ def list_compressors(
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")],
-    compressor: Annotated[str, typer.Option(help="Where to begin: a folder, a bundled name or an id on the Hub.")],
     text: Annotated[
         list[Path],
         typer.Option(help="A text file, UTF-8; a line with a form feed separates documents. May be repeated."),
     ],
     out: Annotated[Path, typer.Option(help="The compressor's folder.")],
+    compressor: Annotated[
+        str | None, typer.Option(help="Where to begin: a folder, a bundled name or an id on the Hub.")
+    ] = None,
     latent_width: Annotated[
         int | None,
         typer.Option(help="Train a learned compressor with so many numbers a latent; it begins at a calibrated one."),

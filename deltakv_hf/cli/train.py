@@ -24,7 +24,7 @@ class TrainSettings:
     """What the command line says; `options` go to `train`."""
 
     model: str
-    compressor: str
+    compressor: str | None
     text: list[Path]
     out: Path
     options: dict
@@ -38,7 +38,7 @@ def run_train(settings: TrainSettings) -> None:
     check_out(settings.out)
     texts = read_documents(settings.text)
     licenses = licenses_of(settings.licenses, list(texts))
-    compressor = KVCompressor.from_pretrained(settings.compressor)
+    compressor = settings.compressor and KVCompressor.from_pretrained(settings.compressor)
     state = PartialState()
     device = str(state.device) if state.num_processes > 1 else settings.device
     model, tokenizer = load_by_name(settings.model, settings.dtype, device)

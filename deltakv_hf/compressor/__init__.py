@@ -1,11 +1,13 @@
 """Compressors: how tokens become bytes and come back. One file each, one interface."""
 
+from .coder import Coder
 from .direct import DirectCompressor, DirectStore
 from .learned import Learned, LearnedCompressor, LearnedStore, Network
 from .store import TokenStore
 from .transform import Transform, TransformCompressor, TransformStore, project
 
 __all__ = [
+    "Coder",
     "DirectCompressor",
     "DirectStore",
     "Learned",

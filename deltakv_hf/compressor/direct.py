@@ -10,7 +10,6 @@ bytes do not depend on how the text was cut into calls or which rows stand besid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,9 @@ import torch
 from .. import dispatch
 from ..config import DeltaKVConfig
 from ..errors import InvalidOptionError
-from ..hf_compat import upload
 from ..references import Lattice
+from .coder import Coder, Pieces
 from .store import TokenStore
-
-# tokens coded at once: bounds the float32 copies of a long prefill
-ENCODE_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class DirectStore(TokenStore):
     reference_idx: torch.Tensor
 
 
-class DirectCompressor:
+class DirectCompressor(Coder):
     """Codes tokens of one layer without any trained or calibrated weight.
 
     Args:
@@ -54,7 +50,7 @@ class DirectCompressor:
     """
 
     def __init__(self, config: DeltaKVConfig, key_width: int, value_width: int):
-        self.config = config
+        self.config, self.top_k = config, config.top_k
         self.width = key_width + value_width
         self.lattice = Lattice(config.reference_stride, config.reference_growth)
         for name in ("nbits", "reference_nbits"):
@@ -70,14 +66,6 @@ class DirectCompressor:
     def tensors(self) -> list[torch.Tensor]:
         """What the compressor itself holds: nothing."""
         return []
-
-    def bytes_per_token(self) -> float:
-        """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
-        levels = 4 * self.width // self.group_size
-        reference = self.width * self.config.reference_nbits // 8 + levels
-        residual = self.width * self.config.nbits // 8 + levels + 2 * self.config.top_k
-        stride = self.config.reference_stride
-        return (reference + (stride - 1) * residual) / stride
 
     def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> DirectStore:
         """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
@@ -96,62 +84,26 @@ class DirectCompressor:
             reference_idx=records(num_residuals, config.top_k, dtype=torch.int16),
         )
 
-    def append(self, store: DirectStore, rows: list[int] | None, start: int, stop: int, read) -> DirectStore:
-        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+    def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and levels."""
+        return dispatch.quantize(tokens, self.config.reference_nbits, self.group_size)
 
-        Args:
-            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
-            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
-        """
-        lattice, config = self.lattice, self.config
-        num_references, num_residuals = lattice.count(start), start - lattice.count(start)
-        # a list as an index would make the host wait for the device
-        picked = slice(None) if rows is None else upload(torch.tensor(rows), store.reference_codes.device)
-        held = store.reference_codes[picked, :num_references], store.reference_levels[picked, :num_references]
-        references = dispatch.dequantize(*held, config.reference_nbits)
-        parts = []
-        for first in range(start, stop, ENCODE_TILE):
-            last = min(first + ENCODE_TILE, stop)
-            span = lattice.span(first, last, references.device)
-            tokens = read(first, last)
-            reference = dispatch.quantize(
-                tokens.index_select(1, span.reference_offsets), config.reference_nbits, self.group_size
-            )
-            references = torch.cat([references, dispatch.dequantize(*reference, config.reference_nbits)], dim=1)
-            tokens = tokens.index_select(1, span.residual_offsets)
-            visible = span.num_visible.expand(tokens.shape[0], -1)
-            idx = dispatch.nearest_references(tokens, references, visible, config.top_k)
-            idx = idx.to(torch.int16)
-            residual = tokens.sub_(dispatch.predict(references, idx))
-            parts.append(DirectStore(*reference, *dispatch.quantize(residual, config.nbits, self.group_size), idx))
-        return store.write(DirectStore.join(parts), rows, num_references, num_residuals)
+    def read_references(self, codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """References as decoded."""
+        return dispatch.dequantize(codes, levels, self.config.reference_nbits)
 
-    def cut(self, store: DirectStore, count: int) -> DirectStore:
-        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
-        num_references = self.lattice.count(count)
-        return store.cut(num_references, count - num_references)
+    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and levels."""
+        return dispatch.quantize(tokens.sub_(predicted), self.config.nbits, self.group_size)
 
     def references(self, store: DirectStore) -> torch.Tensor:
         """All references as decoded, `[batch, num_references, width]` float32."""
-        return dispatch.dequantize(store.reference_codes, store.reference_levels, self.config.reference_nbits)
+        return self.read_references(store.reference_codes, store.reference_levels)
 
     def decode(
-        self,
-        store: DirectStore,
-        references: torch.Tensor,
-        start: int,
-        stop: int,
-        scratch: torch.Tensor | None = None,
-    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
-        """Reads compressed tokens `start .. stop - 1` of every row, in pieces.
-
-        Args:
-            references: what `self.references(store)` gave.
-            scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
-
-        Returns:
-            what `TokenStore.read_in_pieces` yields, float32.
-        """
+        self, store: DirectStore, references: torch.Tensor, start: int, stop: int, scratch: torch.Tensor | None = None
+    ) -> Pieces:
+        """Reads compressed tokens `start .. stop - 1` of every row, in pieces; see `Coder.decode`."""
         own = references[:, self.lattice.count(start) : self.lattice.count(stop)]
 
         def others(*residual: torch.Tensor) -> torch.Tensor:

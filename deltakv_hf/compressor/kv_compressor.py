@@ -17,6 +17,7 @@ from ..errors import CompressorError, InvalidOptionError
 from ..hub import push_folder, resolve_folder
 from .base_model import check_model
 from .card import model_card
+from .coder import Coder
 from .folder import read_folder, write_folder
 from .learned import Learned, LearnedCompressor
 from .learned_tensors import read_learned
@@ -55,7 +56,7 @@ class KVCompressor:
             None if layer is None else read(tensors, layer, layer_idx, name)
             for layer_idx, layer in enumerate(config["layers"])
         ]
-        self._placed: dict[tuple[int, torch.device], TransformCompressor | LearnedCompressor] = {}
+        self._placed: dict[tuple[int, torch.device], Coder] = {}
 
     # -- making, saving, loading ----------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class KVCompressor:
         return max((coder.lattice.growth for coder in self._coders), default=0.0)
 
     @property
-    def _coders(self) -> list[TransformCompressor | LearnedCompressor]:
+    def _coders(self) -> list[Coder]:
         return [self._coder(part) for part in self._parts if part is not None]
 
     @cached_property
@@ -216,9 +217,7 @@ class KVCompressor:
         """Raises `CompressorError` for a model of another architecture; warns if it is another model of the same."""
         check_model(self.config.get("model"), model)
 
-    def layer(
-        self, layer_idx: int, key_width: int, value_width: int, device: torch.device
-    ) -> TransformCompressor | LearnedCompressor:
+    def layer(self, layer_idx: int, key_width: int, value_width: int, device: torch.device) -> Coder:
         """The compressor of one layer on `device`, made once.
 
         Args:

@@ -10,16 +10,16 @@ the sinks, which are raw anyway, are not references as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from .. import dispatch
-from ..hf_compat import upload
 from ..references import Lattice
+from .coder import Coder, Pieces
 from .store import TokenStore
-from .transform import ENCODE_TILE, precise
+from .transform import precise
 
 
 @dataclass(frozen=True)
@@ -108,27 +108,17 @@ class Learned:
         return self.down(tokens) - self.down(predicted)
 
 
-class LearnedCompressor:
+class LearnedCompressor(Coder):
     """Codes tokens of one layer with a `Learned` on the layer's device."""
 
     def __init__(self, learned: Learned):
         self.learned = learned
         self.width = learned.down.in_width
-        self.lattice = learned.lattice
-
-    def __deepcopy__(self, memo: dict) -> LearnedCompressor:
-        # nothing here ever changes: copies of a cache share it
-        return self
+        self.lattice, self.top_k = learned.lattice, learned.top_k
 
     def tensors(self) -> list[torch.Tensor]:
         """What the compressor itself holds."""
         return self.learned.tensors()
-
-    def bytes_per_token(self) -> float:
-        """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
-        row = self.empty(1, torch.device("meta"), 2)
-        residual = sum(getattr(row, name)[0, 0].nbytes for name in ("latents", "latent_levels", "reference_idx"))
-        return (2 * self.width + (self.lattice.stride - 1) * residual) / self.lattice.stride
 
     def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> LearnedStore:
         """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
@@ -149,33 +139,16 @@ class LearnedCompressor:
             reference_idx=records(num_residuals, learned.top_k, dtype=torch.int16),
         )
 
-    def append(self, store: LearnedStore, rows: list[int] | None, start: int, stop: int, read) -> LearnedStore:
-        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+    def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor]:
+        """References are kept as they are."""
+        return (tokens.bfloat16(),)
 
-        Args:
-            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
-            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
-        """
-        lattice = self.lattice
-        num_references, num_residuals = lattice.count(start), start - lattice.count(start)
-        # a list as an index would make the host wait for the device
-        picked = slice(None) if rows is None else upload(torch.tensor(rows), store.latents.device)
-        references = store.reference_tokens[picked, :num_references].float()
-        parts = []
-        for first in range(start, stop, ENCODE_TILE):
-            last = min(first + ENCODE_TILE, stop)
-            span = lattice.span(first, last, references.device)
-            tokens = read(first, last)
-            kept = tokens.index_select(1, span.reference_offsets).bfloat16()
-            references = torch.cat([references, kept.float()], dim=1)
-            tokens = tokens.index_select(1, span.residual_offsets)
-            visible = span.num_visible.expand(tokens.shape[0], -1)
-            idx = dispatch.nearest_references(tokens, references, visible, self.learned.top_k).to(torch.int16)
-            latents = self._latents(tokens, dispatch.predict(references, idx))
-            parts.append(LearnedStore(kept, *latents, idx))
-        return store.write(LearnedStore.join(parts), rows, num_references, num_residuals)
+    def read_references(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What was kept."""
+        return tokens.float()
 
-    def _latents(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and levels."""
         learned = self.learned
         # in double precision: rounded to single, the result does not depend on the order that a shape brings with it
         latents = learned.delta(precise(tokens), precise(predicted)).float()
@@ -183,32 +156,14 @@ class LearnedCompressor:
             return dispatch.quantize(latents, learned.latent_nbits, learned.latent_group_size)
         return latents.bfloat16(), latents.new_empty(*latents.shape[:-1], 0, 2, dtype=torch.float16)
 
-    def cut(self, store: LearnedStore, count: int) -> LearnedStore:
-        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
-        num_references = self.lattice.count(count)
-        return store.cut(num_references, count - num_references)
-
     def references(self, store: LearnedStore) -> torch.Tensor:
         """All references, `[batch, num_references, width]` float32."""
-        return store.reference_tokens.float()
+        return self.read_references(store.reference_tokens)
 
     def decode(
-        self,
-        store: LearnedStore,
-        references: torch.Tensor,
-        start: int,
-        stop: int,
-        scratch: torch.Tensor | None = None,
-    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
-        """Reads compressed tokens `start .. stop - 1` of every row, in pieces.
-
-        Args:
-            references: what `self.references(store)` gave.
-            scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
-
-        Returns:
-            what `TokenStore.read_in_pieces` yields, float32.
-        """
+        self, store: LearnedStore, references: torch.Tensor, start: int, stop: int, scratch: torch.Tensor | None = None
+    ) -> Pieces:
+        """Reads compressed tokens `start .. stop - 1` of every row, in pieces; see `Coder.decode`."""
         learned = self.learned
         own = references[:, self.lattice.count(start) : self.lattice.count(stop)]
         free = None if scratch is None else scratch[0]

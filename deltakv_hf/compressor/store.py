@@ -14,26 +14,34 @@ from ..references import Lattice
 class TokenStore:
     """Packed tokens of one layer; rows are left-aligned, a shorter row's tail end is unused.
 
-    Every field of a subclass is a tensor `[batch, records, ...]`: of references if its name begins with "reference_"
-    and is not `reference_idx` (the references' numbers, which stand with the residuals), else of residuals.
+    Every field of a subclass is a tensor `[batch, records, ...]`: first those of references, whose names begin with
+    "reference_", then those of residuals, the last of them `reference_idx`, the references' numbers.
     """
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of all fields."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def reference_names(cls) -> list[str]:
+        """Of the fields that stand with references."""
+        return [name for name in cls.names()[:-1] if name.startswith("reference_")]
 
     @classmethod
     def counts(cls, num_references: int, num_residuals: int) -> dict[str, int]:
         """Records of each field."""
-        names = [field.name for field in fields(cls)]
-        own = {name for name in names if name.startswith("reference_")} - {"reference_idx"}
-        return {name: num_references if name in own else num_residuals for name in names}
+        own = cls.reference_names()
+        return {name: num_references if name in own else num_residuals for name in cls.names()}
 
     @classmethod
     def join(cls, parts: list[TokenStore]) -> TokenStore:
         """Stores of following tokens as one."""
-        names = [field.name for field in fields(cls)]
-        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
+        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in cls.names()))
 
     def map(self, change) -> TokenStore:
         """A store whose every tensor is `change(tensor)`."""
-        return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return type(self)(*(change(getattr(self, name)) for name in self.names()))
 
     def write(self, new: TokenStore, rows: list[int] | None, num_references: int, num_residuals: int) -> TokenStore:
         """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows)."""

@@ -11,19 +11,15 @@ A layer where references do not pay has stride 1: every token is coded by itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from .. import dispatch
-from ..hf_compat import upload
 from ..references import Lattice
 from .codebook import Codebook
+from .coder import Coder, Pieces
 from .store import TokenStore
-
-# tokens coded at once: bounds the copies of a long prefill
-ENCODE_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -99,27 +95,17 @@ def precise(x: torch.Tensor) -> torch.Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-class TransformCompressor:
+class TransformCompressor(Coder):
     """Codes tokens of one layer with a `Transform` on the layer's device."""
 
     def __init__(self, transform: Transform):
         self.transform = transform
         self.width = transform.mean.shape[0]
-        self.lattice = Lattice(transform.reference_stride)
-
-    def __deepcopy__(self, memo: dict) -> TransformCompressor:
-        # nothing here ever changes: copies of a cache share it
-        return self
+        self.lattice, self.top_k = Lattice(transform.reference_stride), 1
 
     def tensors(self) -> list[torch.Tensor]:
         """What the compressor itself holds."""
         return self.transform.tensors()
-
-    def bytes_per_token(self) -> float:
-        """Stored bytes of a compressed token, references shared out over the tokens of a stride."""
-        stride = self.lattice.stride
-        residual = self.transform.residual_codebook.num_bytes + 2
-        return (self.transform.reference_codebook.num_bytes + (stride - 1) * residual) / stride
 
     def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> TransformStore:
         """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
@@ -132,43 +118,22 @@ class TransformCompressor:
             torch.empty(batch_size, num_residuals, 1, dtype=torch.int16, device=device),
         )
 
-    def append(self, store: TransformStore, rows: list[int] | None, start: int, stop: int, read) -> TransformStore:
-        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Components."""
+        return self.transform.analyse(tokens)
 
-        Args:
-            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
-            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
-        """
-        transform, lattice = self.transform, self.lattice
-        num_references, num_residuals = lattice.count(start), start - lattice.count(start)
-        # a list as an index would make the host wait for the device
-        picked = slice(None) if rows is None else upload(torch.tensor(rows), store.reference_codes.device)
-        references = None
-        if lattice.stride > 1:
-            references = transform.reference_codebook.decode(store.reference_codes[picked, :num_references])
-        parts = []
-        for first in range(start, stop, ENCODE_TILE):
-            last = min(first + ENCODE_TILE, stop)
-            components = transform.analyse(read(first, last))
-            if references is None:
-                codes = transform.reference_codebook.encode(components)
-                parts.append(replace(self.empty(codes.shape[0], codes.device), reference_codes=codes))
-                continue
-            span = lattice.span(first, last, references.device)
-            codes = transform.reference_codebook.encode(components.index_select(1, span.reference_offsets))
-            references = torch.cat([references, transform.reference_codebook.decode(codes)], dim=1)
-            components = components.index_select(1, span.residual_offsets)
-            visible = span.num_visible.expand(components.shape[0], -1)
-            idx = dispatch.nearest_references(components, references, visible, 1).to(torch.int16)
-            # multiplied before it is subtracted: a fused operation would round differently
-            components -= dispatch.predict(references, idx).mul_(transform.prediction)
-            parts.append(TransformStore(codes, transform.residual_codebook.encode(components), idx))
-        return store.write(TransformStore.join(parts), rows, num_references, num_residuals)
+    def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor]:
+        """Codes."""
+        return (self.transform.reference_codebook.encode(tokens),)
 
-    def cut(self, store: TransformStore, count: int) -> TransformStore:
-        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
-        num_references = self.lattice.count(count)
-        return store.cut(num_references, count - num_references)
+    def read_references(self, codes: torch.Tensor) -> torch.Tensor:
+        """Components as decoded."""
+        return self.transform.reference_codebook.decode(codes)
+
+    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor]:
+        """Codes."""
+        # multiplied before it is subtracted: a fused operation would round differently
+        return (self.transform.residual_codebook.encode(tokens.sub_(predicted.mul_(self.transform.prediction))),)
 
     def references(self, store: TransformStore) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What all pieces of a read share.
@@ -178,9 +143,9 @@ class TransformCompressor:
             and the decoder.
         """
         decoder = self.transform.decoder()
-        if self.lattice.stride == 1:
+        if self.lattice.is_everywhere:
             return None, decoder
-        references = self.transform.reference_codebook.decode(store.reference_codes)
+        references = self.read_references(store.reference_codes)
         return references.mul_(self.transform.prediction), decoder
 
     def components(
@@ -190,7 +155,7 @@ class TransformCompressor:
         start: int,
         stop: int,
         scratch: torch.Tensor | None = None,
-    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+    ) -> Pieces:
         """Reads components of compressed tokens `start .. stop - 1` of every row, in pieces.
 
         Args:
@@ -219,16 +184,8 @@ class TransformCompressor:
         start: int,
         stop: int,
         scratch: torch.Tensor | None = None,
-    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
-        """Reads compressed tokens `start .. stop - 1` of every row, in pieces.
-
-        Args:
-            references: what `self.references(store)` gave.
-            scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
-
-        Yields:
-            what `TokenStore.read_in_pieces` does, float32.
-        """
+    ) -> Pieces:
+        """Reads compressed tokens `start .. stop - 1` of every row, in pieces; see `Coder.decode`."""
         out = None if scratch is None else scratch[0]
         for components, pick in self.components(store, references, start, stop, scratch):
             yield project(components, self.transform.mean, references[1], out), pick

@@ -1,4 +1,4 @@
-"""Where a learned compressor begins: at the principal components of residuals, in the metric of a calibrated one."""
+"""Where a learned compressor begins: at the principal components of residuals, plain or in a calibrated metric."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from .. import dispatch
 from ..calibration.capture import Observer, evaluating
+from ..compressor.base_model import describe_model
 from ..compressor.kv_compressor import KVCompressor
 from ..compressor.transform_tensors import spread
 from ..config import check_integer
@@ -69,24 +70,24 @@ class Form:
 
 
 def begin_learned(
-    model, windows: torch.Tensor, calibrated: KVCompressor, form: Form, num_sink_tokens: int = 4
+    model, windows: torch.Tensor, calibrated: KVCompressor | None, form: Form, num_sink_tokens: int = 4
 ) -> KVCompressor:
     """A learned compressor that computes the principal components of residuals of `windows`.
 
     Args:
         model: that `calibrated` was made for.
         windows: ids `[n, tokens]` int64.
-        calibrated: whose components say what an error in a token costs.
+        calibrated: whose components say what an error in a token costs; None: errors of all numbers cost the same.
 
     Raises:
         InvalidOptionError: `calibrated` is of another kind, or a layer's tokens are narrower than the latent.
     """
-    if calibrated.config["kind"] != "transform":
+    if calibrated is not None and calibrated.config["kind"] != "transform":
         raise InvalidOptionError(
             f"`compressor` must be a calibrated one for a learned one to begin at, got the kind "
             f"{calibrated.config['kind']!r}: leave `latent_width` out to train it as it is."
         )
-    tensors, records = {}, [None] * len(calibrated.config["layers"])
+    tensors, records = {}, {}
     generator = torch.Generator().manual_seed(0)
     with evaluating(model):
         observer = Observer(model)
@@ -100,17 +101,22 @@ def begin_learned(
                 f"`latent_width` must be at most the {sum(widths)} numbers of a token of layer {layer_idx}, got "
                 f"{form.latent_width}."
             )
-        networks = sums[layer_idx].networks(form, *_metric(calibrated, layer_idx), generator)
+        networks = sums[layer_idx].networks(form, *_metric(calibrated, layer_idx, sum(widths)), generator)
         tensors |= {f"layers.{layer_idx}.{name}": weight.float() for name, weight in networks.items()}
         records[layer_idx] = form.record(list(widths))
-    config = {
-        name: calibrated.config[name] for name in ("model", "calibration", "license") if name in calibrated.config
-    }
-    return KVCompressor({"kind": "learned", "layers": records, **config}, tensors, "a new compressor")
+    known = {"model": describe_model(model)} if calibrated is None else calibrated.config
+    config = {name: known[name] for name in ("model", "calibration", "license") if name in known}
+    return KVCompressor(
+        {"kind": "learned", "layers": [records.get(i) for i in range(max(records) + 1)], **config},
+        tensors,
+        "a new compressor",
+    )
 
 
-def _metric(calibrated: KVCompressor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _metric(calibrated: KVCompressor | None, layer_idx: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps of a layer, float64 `[width, width]`: of tokens to numbers in which all errors cost the same, and back."""
+    if calibrated is None:
+        return torch.eye(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
     tensors, record = calibrated.tensors, calibrated.config["layers"][layer_idx]
     basis = spread(tensors[f"layers.{layer_idx}.basis"].double(), record["widths"][0])
     back = basis / tensors[f"layers.{layer_idx}.weights"].double()

@@ -65,7 +65,7 @@ class History:
 def train(
     model: PreTrainedModel,
     texts,
-    compressor: KVCompressor,
+    compressor: KVCompressor | None = None,
     *,
     form: Form | None = None,
     tokenizer=None,
@@ -82,8 +82,9 @@ def train(
     Args:
         model: on the device where training shall run, in any floating dtype; float32 where the KL is small.
         texts: documents, several sources as a dict by name (see `token_windows`), or ids `[n, window]` int64.
-        compressor: where training begins; it is left as it is.
-        form: train a learned compressor of this form, which begins at what the calibrated `compressor` knows of errors.
+        compressor: where training begins; it is left as it is. May be None with `form`.
+        form: train a learned compressor of this form, which begins at the principal components of residuals, in the
+            metric of the calibrated `compressor` if there is one.
         tokenizer: of the model; None loads it from where the model came from.
         workspace: a file that keeps the state; a training that was broken off goes on from it. None keeps nothing.
         measured_windows: windows held out, to choose by and to stop by; None takes one for each source, but 4 at least,
@@ -105,16 +106,18 @@ def train(
     if measured_windows is not None:
         check_integer("measured_windows", measured_windows, low=1)
     check_differentiable(model)
-    compressor.check_model(model)
+    if compressor is None and form is None:
+        raise InvalidOptionError(
+            "`compressor` must be given without `form`, got None: load or calibrate one to begin at."
+        )
+    if compressor is not None:
+        compressor.check_model(model)
     if isinstance(texts, torch.Tensor):
         settings = replace(settings, window=check_ids(model, texts).shape[1])
     calibration = settings.reading()
     check_positions(model, calibration)
     with torch.inference_mode(False):
         windows, held_out = calibration_windows(model, texts, tokenizer, calibration, measured_windows)
-        # a copy: what was loaded in inference mode can be part of no gradient
-        tensors = {name: tensor.clone() for name, tensor in compressor.tensors.items()}
-        compressor = KVCompressor(compressor.config, tensors, compressor.name)
     if not len(windows) or not len(held_out):
         raise InvalidOptionError(
             f"`texts` must hold windows to learn from and others to measure on, got {len(windows)} and "
@@ -122,6 +125,10 @@ def train(
         )
     if form is not None:
         compressor = begin_learned(model, windows[:BEGINNING], compressor, form, settings.num_sink_tokens)
+    with torch.inference_mode(False):
+        # a copy: what was loaded in inference mode can be part of no gradient
+        tensors = {name: tensor.clone() for name, tensor in compressor.tensors.items()}
+        compressor = KVCompressor(compressor.config, tensors, compressor.name)
     key = snapshot_key(model, compressor, settings, windows, held_out)
     with evaluating(model), _frozen(model):
         run = _Training(model, compressor, settings, windows, held_out, Snapshot(workspace, key), progress)

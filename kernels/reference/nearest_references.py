@@ -37,12 +37,12 @@ def nearest_references(
 def _search(tokens, references, num_visible, top_k):
     batch, num_tokens, width = tokens.shape
     num_references = references.shape[1]
-    levels = min(127, math.isqrt(2**24 // width))
-    reference_codes, reference_scale = _round_rows(references, levels)
+    levels = num_levels(width)
+    reference_codes, reference_scale = round_rows(references, levels)
     square = (reference_codes * reference_codes).sum(-1) * (reference_scale * reference_scale)
     found = torch.empty(batch, num_tokens, top_k, dtype=torch.int64, device=tokens.device)
     for start in range(0, num_tokens, TOKEN_TILE):
-        codes, scale = _round_rows(tokens[:, start : start + TOKEN_TILE], levels)
+        codes, scale = round_rows(tokens[:, start : start + TOKEN_TILE], levels)
         visible = num_visible[:, start : start + TOKEN_TILE, None]
         best = tokens.new_full((*codes.shape[:2], top_k), torch.inf)
         best_idx = torch.zeros(best.shape, dtype=torch.int64, device=tokens.device)
@@ -61,7 +61,13 @@ def _search(tokens, references, num_visible, top_k):
     return found
 
 
-def _round_rows(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def num_levels(width: int) -> int:
+    """Integers that rows of `width` numbers are rounded to, so few that a dot product stays below 2**24."""
+    return min(127, math.isqrt(2**24 // width))
+
+
+def round_rows(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[.., width]` as integers up to `levels`, in float32, and their scales `[..]`."""
     scale = x.abs().amax(-1) * (1 / levels)
     codes = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).round_()
     return codes, scale

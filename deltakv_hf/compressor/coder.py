@@ -1,0 +1,126 @@
+"""What the compressors of all kinds have in common: tokens of one layer become records of a store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from .. import dispatch
+from ..hf_compat import upload
+from ..references import Lattice
+from .store import TokenStore
+
+# tokens coded at once: bounds the float32 copies of a long prefill
+ENCODE_TILE = 2048
+
+Pieces = Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
+
+
+class Coder(ABC):
+    """Codes tokens of one layer, `[K; V]` with all heads joined and keys un-rotated.
+
+    Tokens on the lattice are references and are coded by themselves, any other as what it differs from the mean of its
+    nearest references, as those read back. Nothing here ever changes: copies of a cache share it.
+
+    Attributes:
+        width: numbers of a token.
+        lattice: which tokens are references.
+        top_k: references whose mean predicts a token.
+    """
+
+    width: int
+    lattice: Lattice
+    top_k: int
+
+    def __deepcopy__(self, memo: dict) -> Coder:
+        return self
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """What the coder itself holds."""
+
+    @abstractmethod
+    def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> TokenStore:
+        """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
+
+    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens `[batch, n, width]` float32 as they are coded: themselves, or their components."""
+        return tokens
+
+    @abstractmethod
+    def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Fields of the store that stand with references, of prepared tokens `[batch, n, numbers]`."""
+
+    @abstractmethod
+    def read_references(self, *fields: torch.Tensor) -> torch.Tensor:
+        """The inverse, float32: what residuals are taken against."""
+
+    @abstractmethod
+    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Fields that stand with residuals but for `reference_idx`, of prepared tokens (may be overwritten)."""
+
+    @abstractmethod
+    def references(self, store: TokenStore):
+        """What all pieces of a read share; handed to `decode`."""
+
+    @abstractmethod
+    def decode(
+        self, store: TokenStore, references, start: int, stop: int, scratch: torch.Tensor | None = None
+    ) -> Pieces:
+        """Reads compressed tokens `start .. stop - 1` of every row, in pieces.
+
+        Args:
+            references: what `self.references(store)` gave.
+            scratch: `[2, at least the numbers of the tokens]` float32 to work in; it holds a piece until the next.
+
+        Returns:
+            what `TokenStore.read_in_pieces` yields, float32.
+        """
+
+    def bytes_per_token(self) -> float:
+        """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
+        store, stride = self.empty(1, torch.device("meta")), self.lattice.stride
+        sizes = {name: getattr(store, name).shape[2:].numel() * getattr(store, name).itemsize for name in store.names()}
+        own = sum(sizes[name] for name in store.reference_names())
+        return (own + (stride - 1) * (sum(sizes.values()) - own)) / stride
+
+    def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
+        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+
+        Args:
+            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
+            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+        """
+        lattice, names, references = self.lattice, store.reference_names(), None
+        num_references = lattice.count(start)
+        if not lattice.is_everywhere:
+            held = [getattr(store, name) for name in names]
+            # a list as an index would make the host wait for the device
+            picked = slice(None) if rows is None else upload(torch.tensor(rows), held[0].device)
+            references = self.read_references(*(part[picked, :num_references] for part in held))
+        parts = []
+        for first in range(start, stop, ENCODE_TILE):
+            last = min(first + ENCODE_TILE, stop)
+            tokens = self.prepared(read(first, last))
+            if references is None:
+                # none is read back
+                coded = dict(zip(names, self.code_references(tokens), strict=True))
+                parts.append(replace(self.empty(tokens.shape[0], tokens.device), **coded))
+                continue
+            span = lattice.span(first, last, references.device)
+            coded = self.code_references(tokens.index_select(1, span.reference_offsets))
+            references = torch.cat([references, self.read_references(*coded)], dim=1)
+            tokens = tokens.index_select(1, span.residual_offsets)
+            visible = span.num_visible.expand(tokens.shape[0], -1)
+            idx = dispatch.nearest_references(tokens, references, visible, self.top_k).to(torch.int16)
+            residual = self.code_residuals(tokens, dispatch.predict(references, idx))
+            parts.append(type(store)(*coded, *residual, idx))
+        return store.write(type(store).join(parts), rows, num_references, start - num_references)
+
+    def cut(self, store: TokenStore, count: int) -> TokenStore:
+        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
+        num_references = self.lattice.count(count)
+        return store.cut(num_references, count - num_references)

@@ -1,0 +1,118 @@
+"""`nearest_references` in one kernel that never writes the matrix of distances, to the same bits as the reference.
+
+Rows are integers of a byte, so dot products are exact: on int8 tensor cores, or where Triton has none (sm_75) in
+float16, summed in float32. A call finds the nearest reference of each token beyond the ones already found, so `top_k`
+calls find them all, nearest first and the earlier one among equals.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.nearest_references import num_levels, round_rows
+
+# tokens, references and numbers of a row in a tile; 4 warps
+TILE = {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 64, "BLOCK_WIDTH": 64}
+
+
+@triton.jit
+def nearest_kernel(
+    codes,  # [batch, num_tokens, width] int8
+    scales,  # [batch, num_tokens] float32
+    reference_codes,  # [batch, num_references, width] int8
+    reference_scales,  # [batch, num_references] float32, twice the scale
+    squares,  # [batch, num_references] float32
+    num_visible,  # [batch, num_tokens] int32
+    distances,  # [batch, num_tokens] float32: of the reference found before; of the next one after
+    found,  # [batch, num_tokens] int32, its number
+    num_tokens,
+    num_references,
+    width,
+    IS_FIRST: tl.constexpr,
+    IN_BYTES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_REFERENCES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_token = tokens < num_tokens
+    place = row * num_tokens + tokens
+    scale = tl.load(scales + place, mask=is_token, other=0.0)
+    visible = tl.load(num_visible + place, mask=is_token, other=0)
+    if not IS_FIRST:
+        known_distance = tl.load(distances + place, mask=is_token, other=float("inf"))
+        known = tl.load(found + place, mask=is_token, other=0)
+    best = tl.full([BLOCK_TOKENS], float("inf"), tl.float32)
+    best_idx = tl.zeros([BLOCK_TOKENS], tl.int32)
+    for first in range(0, num_references, BLOCK_REFERENCES):
+        idx = first + tl.arange(0, BLOCK_REFERENCES)
+        is_reference = idx < num_references
+        dot = tl.zeros([BLOCK_TOKENS, BLOCK_REFERENCES], tl.int32 if IN_BYTES else tl.float32)
+        for start in range(0, width, BLOCK_WIDTH):
+            numbers = start + tl.arange(0, BLOCK_WIDTH)
+            x = tl.load(
+                codes + place[:, None] * width + numbers[None, :],
+                mask=is_token[:, None] & (numbers[None, :] < width),
+                other=0,
+            )
+            r = tl.load(
+                reference_codes + (row * num_references + idx)[None, :] * width + numbers[:, None],
+                mask=is_reference[None, :] & (numbers[:, None] < width),
+                other=0,
+            )
+            if IN_BYTES:
+                dot = tl.dot(x, r, dot, out_dtype=tl.int32)
+            else:
+                dot = tl.dot(x.to(tl.float16), r.to(tl.float16), dot)
+        square = tl.load(squares + row * num_references + idx, mask=is_reference, other=0.0)
+        twice = tl.load(reference_scales + row * num_references + idx, mask=is_reference, other=0.0)
+        distance = square[None, :] - (dot.to(tl.float32) * scale[:, None]) * twice[None, :]
+        # a reference that is not finite is nobody's nearest
+        fits = (idx[None, :] < visible[:, None]) & (distance == distance)
+        if not IS_FIRST:
+            is_later = (distance == known_distance[:, None]) & (idx[None, :] > known[:, None])
+            fits = fits & ((distance > known_distance[:, None]) | is_later)
+        distance = tl.where(fits, distance, float("inf"))
+        tile_best = tl.min(distance, 1)
+        tile_idx = tl.min(tl.where(distance == tile_best[:, None], idx[None, :], num_references), 1)
+        is_better = tile_best < best
+        best_idx = tl.where(is_better, tile_idx, best_idx)
+        best = tl.where(is_better, tile_best, best)
+    tl.store(distances + place, best, mask=is_token)
+    tl.store(found + place, best_idx, mask=is_token)
+
+
+def nearest_references(
+    tokens: torch.Tensor, references: torch.Tensor, num_visible: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """See `reference.nearest_references`."""
+    batch, num_tokens, width = tokens.shape
+    num_references = references.shape[1]
+    found = torch.zeros(top_k, batch, num_tokens, dtype=torch.int32, device=tokens.device)
+    if num_tokens == 0:
+        return found.permute(1, 2, 0).long()
+    with torch.autocast(tokens.device.type, enabled=False):
+        codes, scale = round_rows(tokens, num_levels(width))
+        reference_codes, reference_scale = round_rows(references, num_levels(width))
+        squares = (reference_codes * reference_codes).sum(-1) * (reference_scale * reference_scale)
+    distances = torch.empty(top_k, batch, num_tokens, dtype=torch.float32, device=tokens.device)
+    arguments = (
+        codes.nan_to_num_().to(torch.int8),
+        scale,
+        reference_codes.nan_to_num_().to(torch.int8),
+        2 * reference_scale,
+        squares,
+        num_visible.expand(batch, -1).to(torch.int32).contiguous(),
+    )
+    in_bytes = not tokens.is_cuda or torch.cuda.get_device_capability(tokens.device) >= (8, 0)
+    grid = (triton.cdiv(num_tokens, TILE["BLOCK_TOKENS"]), batch)
+    for k in range(top_k):
+        if k:
+            distances[k], found[k] = distances[k - 1], found[k - 1]
+        sizes = num_tokens, num_references, width
+        options = {"IS_FIRST": k == 0, "IN_BYTES": in_bytes} | TILE
+        # a fused multiply-add would round distances differently from the reference
+        nearest_kernel[grid](*arguments, distances[k], found[k], *sizes, **options, enable_fp_fusion=False)
+    # fewer visible than wanted: repeat the nearest
+    return torch.where(distances.isfinite(), found, found[0]).permute(1, 2, 0).long()

@@ -1,0 +1,113 @@
+"""Triton kernels against the reference: on a GPU, or in Triton's interpreter; and compiled for cards not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltakv_hf import InvalidOptionError, dispatch
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# shared memory of a block, in KiB
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@st.composite
+def searches(draw):
+    """(tokens, references, num_visible, top_k): numbers of all sizes, or small integers with many ties."""
+    batch, num_tokens, num_references = draw(st.tuples(*[st.integers(1, high) for high in (3, 150, 150)]))
+    width, generator = draw(st.sampled_from([1, 8, 40, 130])), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    shapes = (batch, num_tokens, width), (batch, num_references, width)
+    if draw(st.booleans()):
+        tokens, references = (torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes)
+    else:
+        tokens, references = (
+            torch.randn(shape, generator=generator) * 10 ** draw(st.integers(-6, 6)) for shape in shapes
+        )
+    if draw(st.booleans()):
+        tokens[:, ::4], references[:, ::3], references[:, 1::7] = torch.nan, torch.nan, torch.inf
+    visible = torch.randint(1, num_references + 1, (draw(st.sampled_from([1, batch])), num_tokens), generator=generator)
+    return tokens, references, visible.expand(batch, -1), draw(st.sampled_from([1, 2, 4]))
+
+
+@given(searches())
+@settings(max_examples=40)
+def test_nearest_references_are_those_of_the_reference(search):
+    *tensors, top_k = search
+    expected = dispatch.nearest_references(*tensors, top_k, backend="reference")
+    found = dispatch.nearest_references(*(part.to(DEVICE) for part in tensors), top_k, backend="triton")
+    assert found.dtype == expected.dtype and torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 64, 65])
+def test_nearest_references_at_the_edges_of_tiles(num_tokens):
+    generator = torch.Generator().manual_seed(0)
+    tokens, references = (torch.randn(1, n, 16, generator=generator) for n in (num_tokens, 64))
+    visible = torch.full((1, num_tokens), 64)
+    expected = dispatch.nearest_references(tokens, references, visible, 3)
+    found = dispatch.nearest_references(
+        *(part.to(DEVICE) for part in (tokens, references, visible)), 3, backend="triton"
+    )
+    assert torch.equal(found.cpu(), expected)
+
+
+@st.composite
+def assignments(draw):
+    """(x, starts, tables, steps): runs of groups of several sizes with components before, between and behind them."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    starts, tables, steps, components = [], [], [], draw(st.integers(0, 2))
+    for size in draw(st.lists(st.sampled_from([1, 2, 3, 4, 7, 16]), min_size=1, max_size=3, unique=True)):
+        groups, limit = draw(st.integers(1, 3)), dispatch.grid_limit(size)
+        # few integers: many ties
+        most = draw(st.sampled_from([2, limit]))
+        table = torch.randint(-most, most + 1, (groups, 256, size), generator=generator)
+        starts.append(components)
+        tables.append(table.to(torch.int8 if limit <= 127 else torch.int16))
+        steps.append(torch.rand(groups, generator=generator) + 0.1)
+        components += groups * size + draw(st.integers(0, 2))
+    shape = draw(st.integers(1, 2)), draw(st.integers(0, 70)), components
+    x = torch.randn(shape, generator=generator) * 10 ** draw(st.integers(-2, 3))
+    if draw(st.booleans()):
+        x[:, ::5], x[:, 1::7] = torch.nan, torch.inf
+    return x, starts, tables, steps
+
+
+@given(assignments())
+@settings(max_examples=20)
+def test_vectors_are_those_of_the_reference(assignment):
+    x, starts, tables, steps = assignment
+    expected = dispatch.vector_quantize(x, starts, tables, steps, backend="reference")
+    placed = x.to(DEVICE), starts, *([part.to(DEVICE) for part in parts] for parts in (tables, steps))
+    assert torch.equal(dispatch.vector_quantize(*placed, backend="triton").cpu(), expected)
+
+
+def test_every_kernel_compiles_for_every_card():
+    """In the shared memory that each has."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {capability for _, capability, _ in made} == SHARED.keys()
+    assert all(size <= 1024 * SHARED[capability] for _, capability, size in made)
+
+
+def test_a_backend_that_cannot_run_is_refused(monkeypatch):
+    arguments = torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.ones(1, 1, dtype=torch.int64), 1
+    with pytest.raises(InvalidOptionError, match="backend"):
+        dispatch.nearest_references(*arguments, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InvalidOptionError, match="device"):
+        dispatch.nearest_references(*arguments, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "deltakv_hf.kernels.triton_ops.nearest_references", None)
+    with pytest.raises(InvalidOptionError, match="Install triton"):
+        dispatch.nearest_references(*arguments, backend="triton")
