@@ -20,6 +20,7 @@ from .kernels.reference import (
     quantize,
     reconstruct,
     vector_dequantize,
+    weigh,
 )
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "predict",
     "quantize",
     "reconstruct",
+    "score",
     "vector_dequantize",
     "vector_quantize",
+    "weigh",
 ]
 
 BACKENDS = ("reference", "triton")
@@ -60,6 +63,19 @@ def vector_quantize(
 ) -> torch.Tensor:
     """See `kernels/reference/vector_quantize.py`; every backend gives the same bytes."""
     return _op("vector_quantize", backend, x.device)(x, starts, tables, steps)
+
+
+def score(
+    query: torch.Tensor,
+    components: torch.Tensor,
+    key_mean: torch.Tensor,
+    key_map: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scratch: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/score.py`; backends differ in the order of sums."""
+    return _op("score", backend, query.device)(query, components, key_mean, key_map, angles, scratch)
 
 
 def _op(name: str, backend: str | None, device: torch.device):

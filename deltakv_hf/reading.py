@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
-from .compressor import Coder, TransformCompressor, project
+from .compressor import Coder, TransformCompressor
 from .hf_compat import without_autocast
 from .layout import Layout, View
 from .rope import RopeForm, RopeTables
@@ -134,16 +134,14 @@ class StateReader:
             key_map = self.form.paired(key_map.unflatten(-1, (heads, -1)), pairs).flatten(-2)
         for start, stop, angles, scratch in self._tiles():
             for components, pick in compressor.components(store, references, start, stop, scratch):
-                keys = project(components, key_map[0], key_map[1:], scratch[0]).unflatten(-1, (heads, -1))
-                if angles is not None:
-                    turn = torch.complex(*(pick(table).unsqueeze(-2) for table in angles))
-                    torch.view_as_complex(keys[..., : 2 * pairs].unflatten(-1, (-1, 2))).mul_(turn)
+                turn = None if angles is None else tuple(pick(table).flatten(1, -2) for table in angles)
                 bias = None
                 if mask is not None:
                     bias = pick(mask[..., num_sinks + start : num_sinks + stop].movedim(-1, 1))
                     bias = bias.flatten(1, -3).movedim(1, -1)
-                keys, components = keys.flatten(1, -3).transpose(1, 2), components.flatten(1, -2)
-                part = dispatch.attend(query, keys, components, bias)
+                components = components.flatten(1, -2)
+                scores = dispatch.score(query, components, key_map[0], key_map[1:], turn, scratch[0])
+                part = dispatch.weigh(scores, components, bias)
                 seen = part if seen is None else seen.merge(part)
         mean, decoder = value_map.unflatten(-1, (heads, -1)).transpose(0, 1).tensor_split([1], 1)
         return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ decoder + seen.total * mean)

@@ -7,7 +7,7 @@ import json
 
 import triton
 from deltakv_hf.kernels.reference import grid_limit
-from deltakv_hf.kernels.triton_ops import nearest_references, vector_quantize
+from deltakv_hf.kernels.triton_ops import nearest_references, score, vector_quantize
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -18,6 +18,8 @@ NEAREST |= dict.fromkeys(("num_tokens", "num_references", "width"), "i32")
 ASSIGN = {"codes": "*u8"}
 ASSIGN |= dict.fromkeys(("num_tokens", "num_components", "num_bytes", "first_component", "first_byte"), "i32")
 
+SCORE = dict.fromkeys(("num_tokens", "num_components", "num_queries", "half", "pairs", "angle_stride"), "i32")
+
 
 def kernels(capability: int):
     """(kernel, types, constants, options) of everything that runs on a card."""
@@ -27,6 +29,9 @@ def kernels(capability: int):
     for size in (1, 4, 16):
         constants = {"SIZE": size, "LIMIT": grid_limit(size), "BLOCK_TOKENS": vector_quantize.BLOCK_TOKENS}
         yield vector_quantize.assign_kernel, ASSIGN | {"table": "*i16" if size < 4 else "*i8"}, constants, {}
+    for half in (32, 64, 128):
+        constants = {"HALF": half, "QUERIES": 16, "PRECISION": "ieee"} | score.tile(half)
+        yield score.score_kernel, SCORE, constants, {}
 
 
 for capability in CAPABILITIES:

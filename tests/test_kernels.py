@@ -88,6 +88,40 @@ def test_vectors_are_those_of_the_reference(assignment):
     assert torch.equal(dispatch.vector_quantize(*placed, backend="triton").cpu(), expected)
 
 
+@st.composite
+def scorings(draw):
+    """Arguments of `score`: heads that RoPE turns whole, in part or not at all, tables of each row or of all."""
+    sizes = [st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.integers(0, 70), st.integers(1, 70)]
+    batch, heads, queries, n, components = draw(st.tuples(*sizes))
+    head_dim, generator = (
+        2 * draw(st.sampled_from([1, 5, 16, 32])),
+        torch.Generator().manual_seed(draw(st.integers(0, 99))),
+    )
+    shapes = (
+        (batch, heads, queries, head_dim),
+        (batch, n, components),
+        (heads * head_dim,),
+        (components, heads * head_dim),
+    )
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    pairs = draw(st.sampled_from([0, 1, head_dim // 2]))
+    turn = torch.randn(draw(st.sampled_from([1, batch])), n, pairs, generator=generator)
+    return *tensors, (turn.cos(), turn.sin()) if pairs else None
+
+
+@given(scorings())
+@settings(max_examples=30)
+def test_scores_are_those_of_the_reference(arguments):
+    """But for the order of sums."""
+    *tensors, angles = arguments
+    expected = dispatch.score(*tensors, angles, backend="reference")
+    placed = [part.to(DEVICE) for part in tensors]
+    angles = None if angles is None else tuple(table.to(DEVICE) for table in angles)
+    found = dispatch.score(*placed, angles, backend="triton").cpu()
+    most = expected.abs().max().item() if expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * most)
+
+
 def test_every_kernel_compiles_for_every_card():
     """In the shared memory that each has."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

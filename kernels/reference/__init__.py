@@ -3,11 +3,12 @@
 Each op here is readable, runs on any device and decides what is right; `triton_ops` repeats its names and signatures.
 """
 
-from .attend import Attended, attend
+from .attend import Attended, attend, weigh
 from .feed_forward import LINEAR_MAPS, feed_forward
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
+from .score import score
 from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "predict",
     "quantize",
     "reconstruct",
+    "score",
     "unpack",
     "vector_dequantize",
     "vector_quantize",
+    "weigh",
 ]

@@ -48,7 +48,11 @@ def attend(
         value_states: `[batch, heads, n, width]`, or `[batch, n, width]` for all heads, float32.
         mask: added to the scores, broadcastable to `[batch, heads, queries, n]`, or None.
     """
-    scores = query @ key_states.mT
+    return weigh(query @ key_states.mT, value_states, mask)
+
+
+def weigh(scores: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None) -> Attended:
+    """The same of scores `[batch, heads, queries, n]` float32, which are overwritten."""
     if mask is not None:
         scores += mask
     # a query that may see none of these tokens has no largest score; the least finite one keeps it from being NaN
