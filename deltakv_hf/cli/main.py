@@ -121,11 +121,14 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The compressor's folder.")],
     compressor: Annotated[
-        str | None, typer.Option(help="Where to begin: a folder, a bundled name or an id on the Hub.")
+        str | None,
+        typer.Option(
+            help="Where to begin: a folder, a bundled name or an id on the Hub. Not needed with a latent width."
+        ),
     ] = None,
     latent_width: Annotated[
         int | None,
-        typer.Option(help="Train a learned compressor with so many numbers a latent; it begins at a calibrated one."),
+        typer.Option(help="Train a learned compressor with so many numbers a latent; a calibrated one is its metric."),
     ] = None,
     latent_nbits: Annotated[int, typer.Option(help="Bits of a stored latent number: 2, 4, 8, or 0 for bfloat16.")] = 0,
     down: Annotated[str, typer.Option(help="Its network: mlp_swiglu, the paper's, or linear.")] = "mlp_swiglu",
