@@ -286,6 +286,9 @@ def test_the_command_trains_from_text(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "begin", "text.txt", "out"}
     assert_refused(run(*command[:2], "--compressor", "smollm2-99x", *command[4:], "--out", tmp_path / "no"), "smollm2")
     assert_refused(run(*command, "--out", tmp_path / "model"), "out")
+    # they are about a learned compressor that begins here
+    for option in (("--latent-nbits", 4), ("--down", "linear")):
+        assert_refused(run(*command, *option, "--out", tmp_path / "no"), "latent-width")
 
 
 @pytest.mark.parametrize("metric", [lambda model: None, random_compressor], ids=["plain", "calibrated"])

@@ -10,6 +10,7 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'deltakv-hf[demo]'") from error
 
+from ..errors import InvalidOptionError
 from .arguments import Device, Dtype, TextLicense, Threads, given
 from .console import readable_errors
 from .eval import eval_app
@@ -130,8 +131,12 @@ def train(
         int | None,
         typer.Option(help="Train a learned compressor with so many numbers a latent; a calibrated one is its metric."),
     ] = None,
-    latent_nbits: Annotated[int, typer.Option(help="Bits of a stored latent number: 2, 4, 8, or 0 for bfloat16.")] = 0,
-    down: Annotated[str, typer.Option(help="Its network: mlp_swiglu, the paper's, or linear.")] = "mlp_swiglu",
+    latent_nbits: Annotated[
+        int | None, typer.Option(help="Bits of its stored numbers: 2, 4, 8, or 0 for bfloat16. Default: 0.")
+    ] = None,
+    down: Annotated[
+        str | None, typer.Option(help="Its network: mlp_swiglu, the paper's, or linear. Default: mlp_swiglu.")
+    ] = None,
     loss: Annotated[str | None, typer.Option(help="kl, or paper: next token and squared errors. Default: kl.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Steps of the optimiser. Default: 400.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows read at once. Default: 4.")] = None,
@@ -173,10 +178,16 @@ def train(
             "gradient_checkpointing": gradient_checkpointing,
             "seed": seed,
         }
+        form = given({"latent_nbits": latent_nbits, "down": down})
         if latent_width is not None:
             from ..training import Form
 
-            options["form"] = Form(latent_width, down, latent_nbits=latent_nbits)
+            options["form"] = Form(latent_width, **form)
+        elif form:
+            raise InvalidOptionError(
+                f"`--latent-width` must be given with `--{next(iter(form)).replace('_', '-')}`, which is about a "
+                "learned compressor that begins here. Add it, or leave the other out."
+            )
         run_train(TrainSettings(model, compressor, text, out, given(options), text_license or [], device, dtype))
 
 

@@ -34,15 +34,19 @@ def assign_kernel(
     vectors = tl.arange(0, 256)
     step = tl.load(steps + group)
     distance = tl.zeros([BLOCK_TOKENS, 256], tl.float32)
+    is_lost = tokens < 0
     for place in range(SIZE):
         component = first_component + group * SIZE + place
         number = tl.load(x + tokens * num_components + component, mask=is_token, other=0.0)
+        # a GPU clamps NaN to a limit
+        is_lost = is_lost | (number != number)
         # to the nearest integer, ties to the even one: above 2**23 a float32 has no fraction left
         number = (tl.clamp(tl.div_rn(number, step), -LIMIT, LIMIT) + 12582912.0) - 12582912.0
         vector = tl.load(table + (group * 256 + vectors) * SIZE + place).to(tl.float32)
         distance += vector[None, :] * (vector[None, :] - 2 * number[:, None])
     least = tl.min(distance, 1)
     code = tl.min(tl.where(distance == least[:, None], vectors[None, :], 256), 1)
+    code = tl.where(is_lost, 0, code)
     tl.store(codes + tokens * num_bytes + first_byte + group, code.to(tl.uint8), mask=is_token)
 
 
