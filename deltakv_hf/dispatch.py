@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -19,6 +22,7 @@ from .kernels.reference import (
     predict,
     quantize,
     reconstruct,
+    score,
     vector_dequantize,
     weigh,
 )
@@ -34,6 +38,7 @@ __all__ = [
     "predict",
     "quantize",
     "reconstruct",
+    "reconstruct_and_attend",
     "score",
     "vector_dequantize",
     "vector_quantize",
@@ -41,6 +46,8 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "triton")
+# what a GPU does with Triton by itself: measured, and faster there (docs/kernels.md)
+CHOSEN = ("nearest_references", "reconstruct_and_attend", "vector_quantize")
 
 
 def nearest_references(
@@ -65,28 +72,53 @@ def vector_quantize(
     return _op("vector_quantize", backend, x.device)(x, starts, tables, steps)
 
 
-def score(
+def reconstruct_and_attend(
     query: torch.Tensor,
-    components: torch.Tensor,
-    key_mean: torch.Tensor,
+    codes: torch.Tensor,
+    table: torch.Tensor,
+    byte_idx: torch.Tensor,
+    first_entry: torch.Tensor,
+    vector_size: torch.Tensor,
     key_map: torch.Tensor,
+    key_scale: torch.Tensor,
+    key_mean: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
-    scratch: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
-    """See `kernels/reference/score.py`; backends differ in the order of sums."""
-    return _op("score", backend, query.device)(query, components, key_mean, key_map, angles, scratch)
+) -> Attended:
+    """See `kernels/reference/reconstruct_and_attend.py`; backends differ in the order of sums."""
+    vectors, keys = (table, byte_idx, first_entry, vector_size), (key_map, key_scale, key_mean)
+    op = _op("reconstruct_and_attend", backend, query.device)
+    return op(query, codes, *vectors, *keys, angles, mask, slots, positions, lengths)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether ops on `device` run as Triton kernels where there are any. A GPU without Triton is warned about once."""
+    return device.type == "cuda" and torch.version.hip is None and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    if find_spec("triton") is None:
+        warnings.warn("triton is not installed: the cache runs without its kernels, many times slower.", stacklevel=2)
+        return False
+    return True
 
 
 def _op(name: str, backend: str | None, device: torch.device):
-    """The function of an op; None takes the reference, until a kernel has been measured on a GPU.
+    """The function of an op; None takes what is fastest on the device.
 
     Raises:
         InvalidOptionError: there is no such backend, or it cannot run here.
     """
     if backend not in (None, *BACKENDS):
         raise InvalidOptionError(f"`backend` must be {' or '.join(BACKENDS)}, got {backend!r}.")
-    if backend != "triton":
+    if backend is None:
+        backend = "triton" if name in CHOSEN and has_kernels(device) else "reference"
+    if backend == "reference":
         return getattr(reference, name)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InvalidOptionError(

@@ -20,6 +20,7 @@ from .layout import Layout, View
 from .rope import RopeForm, RopeTables
 from .state import LayerState, gather
 
+HALVES = (torch.float16, torch.bfloat16)
 # working memory of a read; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
 SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**27}
 
@@ -119,7 +120,10 @@ class StateReader:
         queries = (query.float() * scale).unflatten(1, (heads, -1))
         rows = queries.flatten(2, 3)
         mask = None if mask is None else self._mask_of_slots(_additive(mask, queries), view)
-        seen = self._attend_store(rows, mask).merge(self._attend_raw(rows, mask))
+        # tensor cores round to 16 bits, which a model in float32 did not ask for
+        fuses = query.dtype in HALVES and dispatch.has_kernels(self.device) and self.compressor.lattice.is_everywhere
+        attend = self._attend_codes if fuses else self._attend_store
+        seen = attend(rows, mask).merge(self._attend_raw(rows, mask))
         return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
 
     def _attend_store(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
@@ -145,6 +149,33 @@ class StateReader:
                 seen = part if seen is None else seen.merge(part)
         mean, decoder = value_map.unflatten(-1, (heads, -1)).transpose(0, 1).tensor_split([1], 1)
         return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ decoder + seen.total * mean)
+
+    def _attend_codes(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
+        """The same in one op, of a layer without references."""
+        heads, head_dim, transform, count = *query.shape[1::2], self.compressor.transform, self.layout.compressed
+        num_sinks, key_width = self.state.sink_keys.shape[2], heads * head_dim
+        vectors, angles, positions = transform.reference_codebook.vectors, None, None
+        key_map, scale = transform.basis[:, :key_width], vectors.largest / transform.weights
+        mean = transform.mean
+        keys = key_map, scale[:key_width], mean[:key_width]
+        if self.form is not None:
+            pairs, view = self.tables.cos.shape[-1], self.layout.view(self.device)
+            query = self.form.paired(query, pairs)
+            keys = (self.form.paired(part.unflatten(-1, (heads, -1)), pairs).flatten(-2) for part in keys)
+            span = slice(self.num_sink_tokens, self.num_sink_tokens + count)
+            angles = self.tables.cos, self.tables.sin
+            if view is None:
+                angles = tuple(table[:, span] for table in angles)
+            else:
+                positions = view.columns[:, span].int()
+        if mask is not None:
+            mask = mask[..., num_sinks : num_sinks + count]
+        parts = vectors.table, vectors.byte_idx, vectors.first_entry, vectors.vector_size, *keys
+        codes = self.state.store.reference_codes[:, :count]
+        seen = dispatch.reconstruct_and_attend(query, codes, *parts, angles, mask, positions=positions)
+        value_map = (transform.basis[:, key_width:] * scale[key_width:]).unflatten(-1, (heads, -1)).transpose(0, 1)
+        mean = mean[key_width:].unflatten(-1, (heads, 1, -1))
+        return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ value_map + seen.total * mean)
 
     def _attend_raw(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
         """The same of sinks, tail and pending tokens."""

@@ -5,39 +5,71 @@ A process of its own: with the interpreter, which tests of what kernels compute 
 
 import json
 
+import torch
 import triton
 from deltakv_hf.kernels.reference import grid_limit
-from deltakv_hf.kernels.triton_ops import nearest_references, score, vector_quantize
+from deltakv_hf.kernels.triton_ops import nearest_references, vector_quantize
+from deltakv_hf.kernels.triton_ops import reconstruct_and_attend as ra
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
-# of each kernel: its arguments that are no pointers to float32, what it is specialised to, and options
-NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32"}
-NEAREST |= dict.fromkeys(("num_tokens", "num_references", "width"), "i32")
-ASSIGN = {"codes": "*u8"}
-ASSIGN |= dict.fromkeys(("num_tokens", "num_components", "num_bytes", "first_component", "first_byte"), "i32")
+# of each kernel: its arguments that are no pointers to float32; integers that 16 divides are marked, as in real calls
+I32, WHOLE = "i32", "i32:16"
 
-SCORE = dict.fromkeys(("num_tokens", "num_components", "num_queries", "half", "pairs", "angle_stride"), "i32")
+
+def integers(names: str, whole: str = "") -> dict[str, str]:
+    return dict.fromkeys(names.split(), I32) | dict.fromkeys(whole.split(), WHOLE)
+
+
+NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32"}
+NEAREST |= integers("num_tokens num_references", "width")
+ASSIGN = {"codes": "*u8"} | integers("num_tokens num_components num_bytes first_component first_byte")
+HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
+INDICES = {"codes": "*u8"} | dict.fromkeys(
+    ("slots", "positions", "lengths", "byte_idx", "first_entry", "vector_size"), "*i32"
+)
+DECODE = HALVES | INDICES | integers("num_tokens row_stride slot_stride", "first num_components width room")
+SCORE = HALVES | INDICES | integers("num_tokens num_heads num_queries mask_row mask_head mask_query mask_token")
+SCORE |= integers("", "first num_components width room half pairs map_stride angle_stride")
+MIX = HALVES | integers("first_span count num_rows row_blocks", "span num_components width room")
+MERGE = integers("num_spans", "num_components")
 
 
 def kernels(capability: int):
     """(kernel, types, constants, options) of everything that runs on a card."""
     for is_first in (True, False):
-        constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80} | nearest_references.TILE
-        yield nearest_references.nearest_kernel, NEAREST, constants, {"enable_fp_fusion": False}
-    for size in (1, 4, 16):
-        constants = {"SIZE": size, "LIMIT": grid_limit(size), "BLOCK_TOKENS": vector_quantize.BLOCK_TOKENS}
+        constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
+        tile = nearest_references.tile(capability)
+        yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
+    for size in (1, 4, 20, 96):
+        constants = {"LIMIT": grid_limit(size), "SIZE": size} | vector_quantize.TILE
         yield vector_quantize.assign_kernel, ASSIGN | {"table": "*i16" if size < 4 else "*i8"}, constants, {}
+    yield ra.decode_kernel, DECODE, {"HAS_SLOTS": True} | ra.DECODE_TILE, {}
     for half in (32, 64, 128):
-        constants = {"HALF": half, "QUERIES": 16, "PRECISION": "ieee"} | score.tile(half)
-        yield score.score_kernel, SCORE, constants, {}
+        for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):
+            constants = {
+                "HAS_MASK": True,
+                "HAS_SLOTS": True,
+                "HAS_LENGTHS": True,
+                "HALF": half,
+                "QUERIES": ra.MOST_QUERIES,
+            }
+            yield ra.score_kernel, types, constants | ra.score_tile(half, dtype, capability), {}
+    for rows in (16, 64):
+        for types in (MIX, {n: t for n, t in MIX.items() if t != "*fp16"}):
+            yield ra.mix_kernel, types, {"ROWS": rows} | ra.MIX_TILE, {}
+    yield ra.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
 
 
 for capability in CAPABILITIES:
     for kernel, types, constants, options in kernels(capability):
+        options |= {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
         values = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
+        aligned = {arg for arg, kind in signature.items() if kind.startswith("*") or kind == WHOLE}
+        attributes = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned}
+        signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
         target = GPUTarget("cuda", capability, 32)
-        made = triton.compile(ASTSource(kernel, signature, values), target=target, options=options)
-        print(json.dumps([kernel.__name__, capability, made.metadata.shared]))
+        made = triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
+        print(json.dumps([kernel.__name__, capability, made.metadata.shared]), flush=True)

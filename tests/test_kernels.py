@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -89,37 +90,74 @@ def test_vectors_are_those_of_the_reference(assignment):
 
 
 @st.composite
-def scorings(draw):
-    """Arguments of `score`: heads that RoPE turns whole, in part or not at all, tables of each row or of all."""
-    sizes = [st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.integers(0, 70), st.integers(1, 70)]
-    batch, heads, queries, n, components = draw(st.tuples(*sizes))
-    head_dim, generator = (
-        2 * draw(st.sampled_from([1, 5, 16, 32])),
-        torch.Generator().manual_seed(draw(st.integers(0, 99))),
-    )
-    shapes = (
-        (batch, heads, queries, head_dim),
-        (batch, n, components),
-        (heads * head_dim,),
-        (components, heads * head_dim),
-    )
-    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    pairs = draw(st.sampled_from([0, 1, head_dim // 2]))
-    turn = torch.randn(draw(st.sampled_from([1, batch])), n, pairs, generator=generator)
-    return *tensors, (turn.cos(), turn.sin()) if pairs else None
+def readings(draw):
+    """Arguments of `reconstruct_and_attend`: RoPE of whole heads, of a part or none; lists, masks, lengths."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    sizes = [st.integers(1, 2), st.integers(1, 5), st.integers(1, 20), st.integers(1, 300), st.integers(1, 9)]
+    batch, heads, queries, num_slots, groups = draw(st.tuples(*sizes))
+    head_dim, size = 2 * draw(st.sampled_from([1, 5, 16, 32])), draw(st.sampled_from([1, 3, 16]))
+    components, n = groups * size, num_slots
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator).int()
+
+    number = torch.arange(components, dtype=torch.int32)
+    group = number // size
+    vectors = random(256 * components), group, group * 256 * size + number % size, torch.full_like(number, size)
+    key_map = random(components, heads * head_dim + 3)[:, : heads * head_dim] / components**0.5
+    tensors = random(batch, heads, queries, head_dim), integers(256, batch, num_slots, groups).to(torch.uint8)
+    options, pairs = {}, draw(st.sampled_from([0, 1, head_dim // 2]))
+    if draw(st.booleans()):
+        n = draw(st.integers(1, 200))
+        options["slots"] = integers(num_slots, batch, n)
+    if pairs:
+        turn = random(draw(st.sampled_from([1, batch])), num_slots, pairs)
+        options["angles"] = turn.cos(), turn.sin()
+        if draw(st.booleans()):
+            options["positions"] = integers(num_slots, batch, n)
+    if draw(st.booleans()):
+        shape = (draw(st.sampled_from([1, high])) for high in (batch, heads, queries))
+        mask = random(*shape, n)
+        options["mask"] = mask.masked_fill(mask > 1, -torch.inf)
+    if draw(st.booleans()):
+        options["lengths"] = integers(n + 1, batch)
+    keys = key_map, random(heads * head_dim), random(heads * head_dim)
+    return [*tensors, *vectors, *keys], options
 
 
-@given(scorings())
-@settings(max_examples=30)
-def test_scores_are_those_of_the_reference(arguments):
-    """But for the order of sums."""
-    *tensors, angles = arguments
-    expected = dispatch.score(*tensors, angles, backend="reference")
-    placed = [part.to(DEVICE) for part in tensors]
-    angles = None if angles is None else tuple(table.to(DEVICE) for table in angles)
-    found = dispatch.score(*placed, angles, backend="triton").cpu()
-    most = expected.abs().max().item() if expected.numel() else 1.0
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * most)
+def _read(arguments, options, backend, device, dtype=torch.float32):
+    """Output and logarithm of the sum of what `readings` drew, with tables of `dtype`, on the CPU."""
+
+    def place(part):
+        return tuple(map(place, part)) if isinstance(part, tuple) else part.to(device)
+
+    arguments = [place(part) for part in arguments]
+    arguments[2], arguments[6] = arguments[2].to(dtype), arguments[6].to(dtype)
+    options = {name: place(part) for name, part in options.items()}
+    seen = dispatch.reconstruct_and_attend(*arguments, **options, backend=backend)
+    return seen.result().cpu(), (seen.maximum + seen.total.log()).cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@given(readings(), st.sampled_from([1, 2**25]))
+@settings(max_examples=25)
+def test_what_is_read_from_codes_is_that_of_the_reference(dtype, reading, chunk_bytes):
+    """But for the order of sums; in float16 for the rounding of queries, keys and weights. Chunks of any size."""
+    expected = _read(*reading, "reference", "cpu")
+    module = import_module("deltakv_hf.kernels.triton_ops.reconstruct_and_attend")
+    whole, module.CHUNK_BYTES = module.CHUNK_BYTES, chunk_bytes
+    try:
+        found = _read(*reading, "triton", DEVICE, dtype)
+    finally:
+        module.CHUNK_BYTES = whole
+    for x, y in zip(found, expected, strict=True):
+        least = 1e-5 if dtype == torch.float32 else 2e-2
+        finite = y[y.isfinite()]
+        most = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+        torch.testing.assert_close(x, y, rtol=0, atol=least * most)
 
 
 def test_every_kernel_compiles_for_every_card():

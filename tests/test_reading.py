@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compressors import TIGHT_WINDOW, compressor_of
+from compressors import TIGHT_WINDOW, compressor_of, random_compressor
 from deltakv_hf.kernels.reference import attend
 from families import BY_NAME
 from helpers import TIGHT, left_padded, prompt, set_scratch_bytes
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
 
-from deltakv_hf import DeltaKVCache
+from deltakv_hf import DeltaKVCache, dispatch, reading
 from deltakv_hf.lazy import lazy_pair
 from deltakv_hf.reading import StateReader
 
@@ -83,9 +83,9 @@ def test_a_query_that_sees_nothing_gets_zero():
     assert torch.equal(seen.merge(seen).result(), torch.zeros(1, 1, 2, 5))
 
 
-def steps(model, inputs, lengths=(1, 1, 1, 1), crop=0, keep=None):
+def steps(model, inputs, lengths=(1, 1, 1, 1), crop=0, keep=None, make=random_compressor):
     """Logits of steps of `lengths` tokens behind a prompt, of which the last `crop` columns were forgotten."""
-    cache = DeltaKVCache(model, compressor=compressor_of(model), **TIGHT_WINDOW)
+    cache = DeltaKVCache(model, compressor=compressor_of(model, make), **TIGHT_WINDOW)
     mask = inputs.get("attention_mask")
     model(**inputs, past_key_values=cache)
     assert cache.memory_report().compressed_tokens > 0
@@ -116,6 +116,47 @@ def test_logits_are_those_of_decoded_tokens(attended, family, padded):
     model = BY_NAME[family].model()
     inputs = left_padded([48, 31]) if padded else {"input_ids": prompt(2)}
     assert_same_without_dense_numbers(attended, lambda: steps(model, inputs))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """What a GPU does for a model in 16 bits, here in Triton's interpreter; counts its calls."""
+    pytest.importorskip("triton")
+    calls, original = [], dispatch.reconstruct_and_attend
+    monkeypatch.setattr(dispatch, "has_kernels", lambda device: True)
+    monkeypatch.setattr(reading, "HALVES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(dispatch, "reconstruct_and_attend", lambda *a, **k: calls.append(1) or original(*a, **k))
+    return calls
+
+
+def everywhere(model):
+    return random_compressor(model, stride=1)
+
+
+def assert_near(got, expected):
+    """But for the rounding to 16 bits."""
+    assert (got - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("family", ["llama", "phi3-partial", "cohere", "gpt2"])
+def test_a_fused_read_gives_the_same_logits(attended, fused, family, padded):
+    model = BY_NAME[family].model()
+    inputs = left_padded([48, 31]) if padded else {"input_ids": prompt(2)}
+    got = steps(model, inputs, (1, 1), make=everywhere)
+    assert fused and attended.times == len(fused)
+    attended.off = True
+    assert_near(got, steps(model, inputs, (1, 1), make=everywhere))
+
+
+@pytest.mark.parametrize("options", [dict(crop=19), dict(keep=[1, 1, 0])], ids=str)
+def test_a_fused_read_after_what_happened_before(attended, fused, options):
+    inputs = left_padded([60, 25], 1)
+    got = steps(tiny_model("llama"), inputs, (1, 2), make=everywhere, **options)
+    assert fused
+    attended.off = True
+    expected = steps(tiny_model("llama"), inputs, (1, 2), make=everywhere, **options)
+    assert_near(got, expected)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])

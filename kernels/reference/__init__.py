@@ -8,6 +8,7 @@ from .feed_forward import LINEAR_MAPS, feed_forward
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
+from .reconstruct_and_attend import reconstruct_and_attend
 from .score import score
 from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
 
@@ -23,6 +24,7 @@ __all__ = [
     "predict",
     "quantize",
     "reconstruct",
+    "reconstruct_and_attend",
     "score",
     "unpack",
     "vector_dequantize",

@@ -11,13 +11,13 @@ import triton.language as tl
 
 from ..reference.nearest_references import num_levels, round_rows
 
-# tokens, references and numbers of a row in a tile; 4 warps
-TILE = {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 64, "BLOCK_WIDTH": 64}
+# numbers of a row that are read at once
+BLOCK_WIDTH = 128
 
 
 @triton.jit
 def nearest_kernel(
-    codes,  # [batch, num_tokens, width] int8
+    codes,  # [batch, num_tokens, width] int8, whole tiles of numbers in a row
     scales,  # [batch, num_tokens] float32
     reference_codes,  # [batch, num_references, width] int8
     reference_scales,  # [batch, num_references] float32, twice the scale
@@ -45,7 +45,8 @@ def nearest_kernel(
         known = tl.load(found + place, mask=is_token, other=0)
     best = tl.full([BLOCK_TOKENS], float("inf"), tl.float32)
     best_idx = tl.zeros([BLOCK_TOKENS], tl.int32)
-    for first in range(0, num_references, BLOCK_REFERENCES):
+    # no token of the tile may use references beyond
+    for first in range(0, tl.minimum(num_references, tl.max(visible, 0)), BLOCK_REFERENCES):
         idx = first + tl.arange(0, BLOCK_REFERENCES)
         is_reference = idx < num_references
         dot = tl.zeros([BLOCK_TOKENS, BLOCK_REFERENCES], tl.int32 if IN_BYTES else tl.float32)
@@ -53,12 +54,12 @@ def nearest_kernel(
             numbers = start + tl.arange(0, BLOCK_WIDTH)
             x = tl.load(
                 codes + place[:, None] * width + numbers[None, :],
-                mask=is_token[:, None] & (numbers[None, :] < width),
+                mask=is_token[:, None],
                 other=0,
             )
             r = tl.load(
                 reference_codes + (row * num_references + idx)[None, :] * width + numbers[:, None],
-                mask=is_reference[None, :] & (numbers[:, None] < width),
+                mask=is_reference[None, :],
                 other=0,
             )
             if IN_BYTES:
@@ -98,21 +99,38 @@ def nearest_references(
         squares = (reference_codes * reference_codes).sum(-1) * (reference_scale * reference_scale)
     distances = torch.empty(top_k, batch, num_tokens, dtype=torch.float32, device=tokens.device)
     arguments = (
-        codes.nan_to_num_().to(torch.int8),
+        _in_bytes(codes),
         scale,
-        reference_codes.nan_to_num_().to(torch.int8),
+        _in_bytes(reference_codes),
         2 * reference_scale,
         squares,
         num_visible.expand(batch, -1).to(torch.int32).contiguous(),
     )
-    in_bytes = not tokens.is_cuda or torch.cuda.get_device_capability(tokens.device) >= (8, 0)
-    grid = (triton.cdiv(num_tokens, TILE["BLOCK_TOKENS"]), batch)
+    major, minor = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else (8, 0)
+    options = {"IN_BYTES": major >= 8} | tile(10 * major + minor)
+    grid = (triton.cdiv(num_tokens, options["BLOCK_TOKENS"]), batch)
     for k in range(top_k):
         if k:
             distances[k], found[k] = distances[k - 1], found[k - 1]
-        sizes = num_tokens, num_references, width
-        options = {"IS_FIRST": k == 0, "IN_BYTES": in_bytes} | TILE
+        sizes = num_tokens, num_references, arguments[0].shape[-1]
         # a fused multiply-add would round distances differently from the reference
-        nearest_kernel[grid](*arguments, distances[k], found[k], *sizes, **options, enable_fp_fusion=False)
+        nearest_kernel[grid](
+            *arguments, distances[k], found[k], *sizes, IS_FIRST=k == 0, **options, enable_fp_fusion=False
+        )
     # fewer visible than wanted: repeat the nearest
     return torch.where(distances.isfinite(), found, found[0]).permute(1, 2, 0).long()
+
+
+def tile(capability: int) -> dict[str, int]:
+    """Tokens, references and numbers of a row in a tile, for a card of that compute capability."""
+    if capability < 80:
+        return {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 64, "BLOCK_WIDTH": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_TOKENS": 128, "BLOCK_REFERENCES": 128, "BLOCK_WIDTH": BLOCK_WIDTH, "num_warps": 8, "num_stages": 2}
+
+
+def _in_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Rows of integers as int8, filled up with zeros: rows that begin at whole words are read by the word."""
+    width = codes.shape[-1]
+    rows = codes.new_zeros(*codes.shape[:-1], triton.cdiv(width, BLOCK_WIDTH) * BLOCK_WIDTH, dtype=torch.int8)
+    rows[..., :width] = codes.nan_to_num_()
+    return rows
