@@ -1,5 +1,6 @@
 """A compressed KV cache for Hugging Face transformers: `model.generate(past_key_values=DeltaKVCache(model))`."""
 
+from . import attention as _attention
 from .attach import detach
 from .cache import DeltaKVCache
 from .compressor.kv_compressor import KVCompressor
@@ -35,3 +36,5 @@ __all__ = [
     "detach",
     "set_default_cache",
 ]
+
+_attention.register()

@@ -10,6 +10,8 @@ from packaging.version import Version
 from torch import nn
 
 __all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
@@ -18,6 +20,8 @@ __all__ = [
     "check_versions",
     "execution_device",
     "host_version",
+    "sdpa_attention_forward",
+    "sdpa_mask",
     "upload",
     "without_autocast",
 ]
@@ -41,6 +45,9 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicCache,
     DynamicLayer,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
+from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 
 def host_version() -> str:

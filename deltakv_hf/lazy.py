@@ -90,7 +90,7 @@ class LazyStates(torch.Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         if func is F.scaled_dot_product_attention:
-            attended = _attend(*args, **kwargs)
+            attended = attend_pair(*args, **kwargs)
             if attended is not None:
                 return attended
         args, kwargs = tree_map_only(LazyStates, LazyStates.materialize, (args, kwargs))
@@ -103,7 +103,7 @@ class LazyStates(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _attend(
+def attend_pair(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> torch.Tensor | None:
     """`scaled_dot_product_attention` as a decode step calls it, or None where dense tensors are needed."""

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from compressors import TIGHT_WINDOW, random_compressor
 from helpers import TIGHT, assert_same_tensors, greedy, left_padded, state_tensors
 from models import new_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deltakv_hf import DeltaKVCache
+from deltakv_hf import DeltaKVCache, dispatch
+from deltakv_hf.reading import StateReader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,6 +110,27 @@ def generated(model, cache, **options):
     ids = torch.arange(1, 601, device="cuda")[None] % 1000
     options = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40} | options
     return model.generate(ids, past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_a_fused_step_is_near_that_of_dense_keys(monkeypatch, dtype, padded):
+    model = new_model("llama")
+    compressor = random_compressor(model, stride=1)
+    model.to("cuda", dtype).set_attn_implementation("deltakv")
+    inputs = left_padded([60, 41]) if padded else {"input_ids": torch.arange(1, 61)[None]}
+    inputs, logits = {name: part.cuda() for name, part in inputs.items()}, []
+    calls, original = [], dispatch.reconstruct_and_attend
+    monkeypatch.setattr(dispatch, "reconstruct_and_attend", lambda *a, **k: calls.append(1) or original(*a, **k))
+    for fuses in (True, False):
+        if not fuses:
+            monkeypatch.setattr(StateReader, "attend", lambda *args: None)
+        cache = DeltaKVCache(model, compressor=compressor, **TIGHT_WINDOW)
+        model(**inputs, past_key_values=cache)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1) if padded else None
+        logits.append(model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache).logits.float())
+    assert len(calls) == len(cache.own_layers)
+    assert (logits[0] - logits[1]).norm() < 3e-2 * logits[1].norm()
 
 
 SMALL_CACHE = dict(recent_window=32, block_size=16)

@@ -107,5 +107,7 @@ def write_result(settings: EvalSettings, model, how: dict, rows: list[dict]) -> 
     """Writes command, device, versions and rows, whole or not at all."""
     if settings.json_file is None:
         return
-    result = {"command": command_line(), "environment": environment(model)} | how | {"results": rows}
+    result = (
+        {"command": command_line(), "environment": environment(model.device, model.dtype)} | how | {"results": rows}
+    )
     write_atomically(settings.json_file, (json.dumps(result, indent=2) + "\n").encode())

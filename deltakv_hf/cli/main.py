@@ -12,6 +12,7 @@ except ImportError as error:
 
 from ..errors import InvalidOptionError
 from .arguments import Device, Dtype, TextLicense, Threads, given
+from .bench import bench_app
 from .console import readable_errors
 from .eval import eval_app
 
@@ -30,6 +31,7 @@ RecentWindow = Annotated[
 ]
 SinkTokens = Annotated[int | None, typer.Option(help="First tokens that stay as they are. Default: 4.")]
 
+app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 
 

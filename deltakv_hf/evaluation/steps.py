@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -79,17 +80,17 @@ def measure_steps(
     return results
 
 
-def environment(model: PreTrainedModel) -> dict[str, str]:
+def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Device, dtype and versions that a figure must carry."""
-    device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = {package: version(package) for package in ("torch", "transformers")} | {"deltakv-hf": __version__}
+    names = [name for name in ("torch", "transformers", "triton") if find_spec(name)]
     return {
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
         "python": platform.python_version(),
-        **packages,
+        **{name: version(name) for name in names},
+        "deltakv-hf": __version__,
     }
 
 
@@ -140,7 +141,7 @@ def main() -> None:
     }
     result = {
         "command": "python -m deltakv_hf.evaluation.steps " + " ".join(sys.argv[1:]),
-        "environment": environment(model),
+        "environment": environment(device, dtype),
         "context": args.context,
         "caches": measure_steps(model, ids, caches),
     }

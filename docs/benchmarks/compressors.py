@@ -79,7 +79,7 @@ def compare(options) -> dict:
                     )
                 rows.append(row)
     how = {"windows": len(test), "calibration_windows": list(windows.shape)} | reading
-    return {"environment": environment(model)} | how | {"results": rows}
+    return {"environment": environment(model.device, model.dtype)} | how | {"results": rows}
 
 
 def time_shape(options) -> dict:
@@ -95,7 +95,7 @@ def time_shape(options) -> dict:
     if model.device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     print(result, flush=True)
-    return {"environment": environment(model), "windows": list(windows.shape)} | result
+    return {"environment": environment(model.device, model.dtype), "windows": list(windows.shape)} | result
 
 
 def main() -> None:

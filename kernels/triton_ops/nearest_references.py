@@ -125,7 +125,7 @@ def tile(capability: int) -> dict[str, int]:
     """Tokens, references and numbers of a row in a tile, for a card of that compute capability."""
     if capability < 80:
         return {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 64, "BLOCK_WIDTH": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_TOKENS": 128, "BLOCK_REFERENCES": 128, "BLOCK_WIDTH": BLOCK_WIDTH, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 128, "BLOCK_WIDTH": BLOCK_WIDTH, "num_warps": 4, "num_stages": 3}
 
 
 def _in_bytes(codes: torch.Tensor) -> torch.Tensor:
