@@ -7,7 +7,6 @@ import json
 
 import torch
 import triton
-from deltakv_hf.kernels.reference import grid_limit
 from deltakv_hf.kernels.triton_ops import nearest_references, vector_quantize
 from deltakv_hf.kernels.triton_ops import reconstruct_and_attend as ra
 from triton.backends.compiler import GPUTarget
@@ -24,7 +23,9 @@ def integers(names: str, whole: str = "") -> dict[str, str]:
 
 NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32"}
 NEAREST |= integers("num_tokens num_references", "width")
-ASSIGN = {"codes": "*u8"} | integers("num_tokens num_components num_bytes first_component first_byte")
+ASSIGN = {"codes": "*u8", "limit": "fp32"} | integers(
+    "num_tokens num_components num_bytes first_component first_byte size"
+)
 HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
 INDICES = {"codes": "*u8"} | dict.fromkeys(
     ("slots", "positions", "lengths", "byte_idx", "first_entry", "vector_size"), "*i32"
@@ -42,9 +43,8 @@ def kernels(capability: int):
         constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
         tile = nearest_references.tile(capability)
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
-    for size in (1, 4, 20, 96):
-        constants = {"LIMIT": grid_limit(size), "SIZE": size} | vector_quantize.TILE
-        yield vector_quantize.assign_kernel, ASSIGN | {"table": "*i16" if size < 4 else "*i8"}, constants, {}
+    for table in ("*i8", "*i16"):
+        yield vector_quantize.assign_kernel, ASSIGN | {"table": table}, dict(vector_quantize.TILE), {}
     yield ra.decode_kernel, DECODE, {"HAS_SLOTS": True} | ra.DECODE_TILE, {}
     for half in (32, 64, 128):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):

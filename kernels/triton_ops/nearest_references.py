@@ -15,7 +15,7 @@ from ..reference.nearest_references import num_levels, round_rows
 BLOCK_WIDTH = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_references"])
 def nearest_kernel(
     codes,  # [batch, num_tokens, width] int8, whole tiles of numbers in a row
     scales,  # [batch, num_tokens] float32

@@ -26,7 +26,31 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 
 
-@triton.jit
+# what no vector of loads depends on is no reason to compile anew
+COUNTS = (
+    "first",
+    "num_tokens",
+    "num_components",
+    "num_rows",
+    "num_queries",
+    "num_heads",
+    "num_spans",
+    "first_span",
+    "count",
+)
+STRIDES = (
+    "row_stride",
+    "slot_stride",
+    "angle_stride",
+    "mask_row",
+    "mask_head",
+    "mask_query",
+    "mask_token",
+    "row_blocks",
+)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, *STRIDES])
 def decode_kernel(
     codes,  # [batch, num_slots, bytes] uint8
     slots,  # [batch, num_tokens] int32
@@ -66,7 +90,7 @@ def decode_kernel(
     tl.store(components + (row * room + place)[:, None] * width + component[None, :], number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, *STRIDES])
 def score_kernel(
     query,  # [batch, heads, queries, 2 * half], in the dtype of components
     components,  # [batch, room, width]
@@ -158,7 +182,7 @@ def score_kernel(
         tl.store(scores + rows[None, :] * room + place[:, None], result, mask=is_query[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, *STRIDES])
 def mix_kernel(
     scores,  # [batch, rows, room]
     components,  # [batch, room, width]
@@ -212,7 +236,7 @@ def mix_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, *STRIDES])
 def merge_kernel(
     maxima,  # as of mix_kernel
     totals,

@@ -14,10 +14,11 @@ from ..reference.vector_quantize import grid_limit
 TILE = {"BLOCK_TOKENS": 64, "BLOCK_PLACES": 16}
 
 
-@triton.jit
+# one kernel for vectors of all sizes: compiling takes longer than a prompt
+@triton.jit(do_not_specialize=["num_tokens", "num_components", "num_bytes", "first_component", "first_byte", "size"])
 def assign_kernel(
     x,  # [tokens, components] float32
-    table,  # [groups, 256, SIZE] int8 or int16
+    table,  # [groups, 256, size] int8 or int16
     steps,  # [groups] float32
     codes,  # [tokens, bytes] uint8
     num_tokens,
@@ -25,8 +26,8 @@ def assign_kernel(
     num_bytes,
     first_component,
     first_byte,
-    LIMIT: tl.constexpr,
-    SIZE: tl.constexpr,
+    size,
+    limit,  # float32
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
 ):
@@ -38,10 +39,10 @@ def assign_kernel(
     is_lost = tokens < 0
     # |x - c|^2 without |x|^2, which is the same for every vector
     distance = tl.zeros([BLOCK_TOKENS, 256], tl.float32)
-    for start in range(0, SIZE, BLOCK_PLACES):
+    for start in range(0, size, BLOCK_PLACES):
         places = start + tl.arange(0, BLOCK_PLACES)
-        is_place = places < SIZE
-        component = first_component + group * SIZE + places
+        is_place = places < size
+        component = first_component + group * size + places
         number = tl.load(
             x + tokens[:, None] * num_components + component[None, :],
             mask=is_token[:, None] & is_place[None, :],
@@ -50,8 +51,9 @@ def assign_kernel(
         # a GPU clamps NaN to a limit
         is_lost = is_lost | (tl.max((number != number).to(tl.int32), 1) > 0)
         # to the nearest integer, ties to the even one: above 2**23 a float32 has no fraction left
-        number = (tl.clamp(tl.div_rn(number, step), -LIMIT, LIMIT) + 12582912.0) - 12582912.0
-        entry = (group * 256 + vectors)[None, :] * SIZE + places[:, None]
+        number = tl.minimum(tl.maximum(tl.div_rn(number, step), -limit), limit)
+        number = (number + 12582912.0) - 12582912.0
+        entry = (group * 256 + vectors)[None, :] * size + places[:, None]
         vector = tl.load(table + entry, mask=is_place[:, None], other=0).to(tl.float32)
         distance += tl.sum(vector * vector, 0)[None, :]
         distance = tl.dot((-2 * number).to(tl.float16), vector.to(tl.float16), distance)
@@ -74,7 +76,7 @@ def vector_quantize(
         if num_tokens:
             # groups of the same tokens run side by side: their numbers are neighbours
             grid = (groups, triton.cdiv(num_tokens, TILE["BLOCK_TOKENS"]))
-            sizes = num_tokens, x.shape[-1], num_bytes, start, place
-            assign_kernel[grid](x, table.contiguous(), step, codes, *sizes, LIMIT=grid_limit(size), SIZE=size, **TILE)
+            sizes = num_tokens, x.shape[-1], num_bytes, start, place, size, float(grid_limit(size))
+            assign_kernel[grid](x, table.contiguous(), step, codes, *sizes, **TILE)
         place += groups
     return codes
