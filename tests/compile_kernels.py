@@ -50,7 +50,7 @@ def kernels(capability: int):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):
             constants = {
                 "HAS_MASK": True,
-                "HAS_SLOTS": True,
+                "HAS_POSITIONS": True,
                 "HAS_LENGTHS": True,
                 "HALF": half,
                 "QUERIES": ra.MOST_QUERIES,
