@@ -6,7 +6,6 @@ import os
 import warnings
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 
@@ -46,6 +45,7 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "triton")
+LEAST_CAPABILITY = (7, 5)
 # what a GPU does with Triton by itself: measured, and faster there (docs/kernels.md)
 CHOSEN = ("nearest_references", "reconstruct_and_attend", "vector_quantize")
 
@@ -96,14 +96,21 @@ def reconstruct_and_attend(
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether ops on `device` run as Triton kernels where there are any. A GPU without Triton is warned about once."""
-    return device.type == "cuda" and torch.version.hip is None and _has_triton()
+    """Whether ops on `device` run as Triton kernels by themselves; a GPU where they cannot is warned about once."""
+    return device.type == "cuda" and torch.version.hip is None and _runs_triton(device)
 
 
 @cache
-def _has_triton() -> bool:
-    if find_spec("triton") is None:
-        warnings.warn("triton is not installed: the cache runs without its kernels, many times slower.", stacklevel=2)
+def _runs_triton(device: torch.device) -> bool:
+    # the smallest call there is: Triton may be missing, too old, or without a compiler for what launches a kernel
+    tables, steps = [torch.zeros(1, 256, 1, dtype=torch.int16)], [torch.ones(1)]
+    try:
+        if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+            raise RuntimeError(f"its compute capability is below {LEAST_CAPABILITY}")
+        placed = [[part.to(device) for part in parts] for parts in (tables, steps)]
+        vector_quantize(torch.zeros(1, 1, 1, device=device), [0], *placed, backend="triton")
+    except Exception as error:
+        warnings.warn(f"the cache runs without its kernels on {device}, many times slower: {error}", stacklevel=2)
         return False
     return True
 
@@ -126,8 +133,17 @@ def _op(name: str, backend: str | None, device: torch.device):
             "GPU, or leave `backend` out."
         )
     try:
-        return getattr(import_module(f".kernels.triton_ops.{name}", __package__), name)
+        op = getattr(import_module(f".kernels.triton_ops.{name}", __package__), name)
     except ImportError as error:
         raise InvalidOptionError(
             f"`backend` must be installed, got 'triton': {error}. Install triton 3.4 or newer, or leave `backend` out."
         ) from error
+    if device.type != "cuda":
+        return op
+
+    def run(*arguments):
+        # a kernel is launched on the current device, which need not be that of its tensors
+        with torch.cuda.device(device):
+            return op(*arguments)
+
+    return run

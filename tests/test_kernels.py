@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakv_hf import InvalidOptionError, dispatch
+from deltakv_hf.kernels import reference
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,3 +185,16 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deltakv_hf.kernels.triton_ops.nearest_references", None)
     with pytest.raises(InvalidOptionError, match="Install triton"):
         dispatch.nearest_references(*arguments, backend="triton")
+
+
+def test_a_gpu_that_cannot_run_kernels_is_warned_about_once(monkeypatch):
+    """And the reference serves: an op that was not asked for a backend does not fail."""
+    device = torch.device("cuda", 99)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with pytest.warns(UserWarning, match=r"without its kernels on cuda:99.*below \(7, 5\)"):
+        assert not dispatch.has_kernels(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch.has_kernels(device)
+        assert dispatch._op("vector_quantize", None, device) is reference.vector_quantize
+    dispatch._runs_triton.cache_clear()
