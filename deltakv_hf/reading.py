@@ -120,9 +120,7 @@ class StateReader:
         queries = (query.float() * scale).unflatten(1, (heads, -1))
         rows = queries.flatten(2, 3)
         mask = None if mask is None else self._mask_of_slots(_additive(mask, queries), view)
-        # tensor cores round to 16 bits, which a model in float32 did not ask for
-        fuses = query.dtype in HALVES and dispatch.has_kernels(self.device) and self.compressor.lattice.is_everywhere
-        attend = self._attend_codes if fuses else self._attend_store
+        attend = self._attend_codes if self._fuses(query) else self._attend_store
         seen = attend(rows, mask).merge(self._attend_raw(rows, mask))
         return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
 
@@ -149,6 +147,15 @@ class StateReader:
                 seen = part if seen is None else seen.merge(part)
         mean, decoder = value_map.unflatten(-1, (heads, -1)).transpose(0, 1).tensor_split([1], 1)
         return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ decoder + seen.total * mean)
+
+    def _fuses(self, query: torch.Tensor) -> bool:
+        """Whether one op is the faster way for `query`, as the model made it."""
+        # tensor cores round to 16 bits, which a model in float32 did not ask for
+        if query.dtype not in HALVES or not self.compressor.lattice.is_everywhere:
+            return False
+        # what the kernel's tiles hold, and how far its 32-bit offsets reach into a row
+        fits = query.shape[-1] <= 256 and self.state.store.reference_codes[0].numel() < 2**31
+        return fits and dispatch.has_kernels(self.device)
 
     def _attend_codes(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
         """The same in one op, of a layer without references."""

@@ -7,7 +7,7 @@ import json
 
 import torch
 import triton
-from deltakv_hf.kernels.triton_ops import nearest_references, vector_quantize
+from deltakv_hf.kernels.triton_ops import attend_kernels, nearest_references, vector_quantize
 from deltakv_hf.kernels.triton_ops import reconstruct_and_attend as ra
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -45,7 +45,7 @@ def kernels(capability: int):
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
     for table in ("*i8", "*i16"):
         yield vector_quantize.assign_kernel, ASSIGN | {"table": table}, dict(vector_quantize.TILE), {}
-    yield ra.decode_kernel, DECODE, {"HAS_SLOTS": True} | ra.DECODE_TILE, {}
+    yield attend_kernels.decode_kernel, DECODE, {"HAS_SLOTS": True} | ra.DECODE_TILE, {}
     for half in (32, 64, 128):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):
             constants = {
@@ -55,11 +55,11 @@ def kernels(capability: int):
                 "HALF": half,
                 "QUERIES": ra.MOST_QUERIES,
             }
-            yield ra.score_kernel, types, constants | ra.score_tile(half, dtype, capability), {}
+            yield attend_kernels.score_kernel, types, constants | ra.score_tile(half, dtype, capability), {}
     for rows in (16, 64):
         for types in (MIX, {n: t for n, t in MIX.items() if t != "*fp16"}):
-            yield ra.mix_kernel, types, {"ROWS": rows} | ra.MIX_TILE, {}
-    yield ra.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
+            yield attend_kernels.mix_kernel, types, {"ROWS": rows} | ra.MIX_TILE, {}
+    yield attend_kernels.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
 
 
 for capability in CAPABILITIES:

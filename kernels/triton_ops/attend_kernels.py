@@ -1,0 +1,230 @@
+"""The kernels of `reconstruct_and_attend`: decode a chunk of tokens, score it, mix it; merge what was mixed."""
+
+import triton
+import triton.language as tl
+
+# weights are at most this: float16 holds small ones too
+LARGEST_WEIGHT = tl.constexpr(2048.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)
+# what the width of loads does not depend on is no reason to compile anew
+ANY = (
+    "first num_tokens num_components num_rows num_queries num_heads num_spans first_span count row_blocks "
+    "row_stride slot_stride angle_stride mask_row mask_head mask_query mask_token"
+).split()
+
+
+@triton.jit(do_not_specialize=ANY)
+def decode_kernel(
+    codes,  # [batch, num_slots, bytes] uint8
+    slots,  # [batch, num_tokens] int32
+    table,  # [entries]
+    byte_idx,  # [components] int32
+    first_entry,  # [components] int32
+    vector_size,  # [components] int32
+    components,  # [batch, room, width]: of tokens `first ..`; zero behind the last token and the last component
+    first,
+    num_tokens,
+    num_components,
+    width,
+    room,
+    row_stride,
+    slot_stride,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COMPONENTS: tl.constexpr,
+):
+    row = tl.program_id(2).to(tl.int64)
+    # programs that run at the same time share a part of the table, which L1 holds
+    place = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    component = tl.program_id(1) * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
+    is_component = component < num_components
+    token = first + place
+    is_token = token < num_tokens
+    slot = token
+    if HAS_SLOTS:
+        slot = tl.load(slots + row * num_tokens + token, mask=is_token, other=0)
+    is_held = is_token[:, None] & is_component[None, :]
+    byte = tl.load(byte_idx + component, mask=is_component, other=0)
+    code = tl.load(codes + row * row_stride + (slot * slot_stride)[:, None] + byte[None, :], mask=is_held, other=0)
+    # components of a vector lie side by side in the table too
+    entry = tl.load(first_entry + component, mask=is_component, other=0)[None, :]
+    entry = entry + code.to(tl.int32) * tl.load(vector_size + component, mask=is_component, other=0)[None, :]
+    number = tl.load(table + entry, mask=is_held, other=0.0)
+    tl.store(components + (row * room + place)[:, None] * width + component[None, :], number)
+
+
+@triton.jit(do_not_specialize=ANY)
+def score_kernel(
+    query,  # [batch, heads, queries, 2 * half], in the dtype of components
+    components,  # [batch, room, width]
+    key_map,  # [components, heads * 2 * half]
+    key_scale,  # [heads * 2 * half] float32
+    key_mean,  # [heads * 2 * half] float32
+    cos,  # [batch or 1, positions, pairs], floating
+    sin,
+    positions,  # [batch, num_tokens] int32
+    mask,  # float32
+    lengths,  # [batch] int32
+    scores,  # [batch, heads * queries, room] float32, as powers of two
+    first,
+    num_tokens,
+    num_components,
+    width,
+    room,
+    num_heads,
+    num_queries,
+    half,
+    pairs,
+    map_stride,
+    angle_stride,  # of a row of `cos` and `sin`; 0 if all rows share one
+    mask_row,  # strides of `mask`, 0 where it is shared
+    mask_head,
+    mask_query,
+    mask_token,
+    HAS_MASK: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HALF: tl.constexpr,  # `half` rounded up to a power of two
+    HEADS: tl.constexpr,  # of a program
+    QUERIES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COMPONENTS: tl.constexpr,
+):
+    first_head, row = tl.program_id(0) * HEADS, tl.program_id(2).to(tl.int64)
+    place = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token = first + place
+    is_token = token < num_tokens
+    # the numbers of all heads of the program, those that RoPE turns together side by side
+    numbers = tl.arange(0, 2 * HALF * HEADS)
+    column = (first_head + numbers // (2 * HALF)) * (2 * half) + numbers % (2 * HALF)
+    is_column = (first_head + numbers // (2 * HALF) < num_heads) & (numbers % (2 * HALF) < 2 * half)
+    keys = tl.zeros([BLOCK_TOKENS, 2 * HALF * HEADS], tl.float32)
+    for start in range(0, num_components, BLOCK_COMPONENTS):
+        component = start + tl.arange(0, BLOCK_COMPONENTS)
+        is_component = component < num_components
+        z = tl.load(components + (row * room + place)[:, None] * width + component[None, :])
+        weights = key_map + component[:, None] * map_stride + column[None, :]
+        weights = tl.load(weights, mask=is_component[:, None] & is_column[None, :], other=0.0)
+        keys = tl.dot(z, weights, keys, input_precision="ieee")
+    keys = keys * tl.load(key_scale + column, mask=is_column, other=0.0)[None, :]
+    keys = keys + tl.load(key_mean + column, mask=is_column, other=0.0)[None, :]
+    x, y = tl.split(tl.reshape(keys, [BLOCK_TOKENS, HALF * HEADS, 2]))
+    numbers = tl.arange(0, HALF * HEADS)
+    head, pair = first_head + numbers // HALF, numbers % HALF
+    if pairs > 0:
+        position = token
+        if HAS_POSITIONS:
+            position = tl.load(positions + row * num_tokens + token, mask=is_token, other=0)
+        angle = row * angle_stride + position.to(tl.int64)[:, None] * pairs + pair[None, :]
+        is_turned = is_token[:, None] & (pair < pairs)[None, :]
+        c = tl.load(cos + angle, mask=is_turned, other=1.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=is_turned, other=0.0).to(tl.float32)
+        x, y = x * c - y * s, x * s + y * c
+    is_seen = is_token
+    if HAS_LENGTHS:
+        is_seen = is_seen & (token < tl.load(lengths + row))
+    # queries of all heads of the program, each multiplied by the numbers of its own head
+    num_asked = tl.minimum(HEADS, num_heads - first_head) * num_queries
+    for begin in range(0, num_asked, QUERIES):
+        asked = begin + tl.arange(0, QUERIES)
+        is_query = asked < num_asked
+        rows = (row * num_heads + first_head) * num_queries + asked
+        q_head, q_place = first_head + asked // num_queries, asked % num_queries
+        number = query + rows[None, :] * (2 * half) + 2 * pair[:, None]
+        is_number = (pair < half)[:, None] & is_query[None, :] & (head[:, None] == q_head[None, :])
+        q = tl.load(number, mask=is_number, other=0.0)
+        result = tl.dot(x.to(q.dtype), q, input_precision="ieee")
+        q = tl.load(number + 1, mask=is_number, other=0.0)
+        # [BLOCK_TOKENS, QUERIES]
+        result = tl.dot(y.to(q.dtype), q, result, input_precision="ieee")
+        if HAS_MASK:
+            spot = (q_head * mask_head + q_place * mask_query)[None, :] + token.to(tl.int64)[:, None] * mask_token
+            spot += row * mask_row
+            result += tl.load(mask + spot, mask=is_token[:, None] & is_query[None, :], other=0.0)
+        result = tl.where(is_seen[:, None], result * LOG2E, float("-inf"))
+        tl.store(scores + rows[None, :] * room + place[:, None], result, mask=is_query[None, :])
+
+
+@triton.jit(do_not_specialize=ANY)
+def mix_kernel(
+    scores,  # [batch, rows, room]
+    components,  # [batch, room, width]
+    maxima,  # [spans, batch, rows] float32, powers of two
+    totals,  # [spans, batch, rows] float32, times LARGEST_WEIGHT
+    mixed,  # [spans, batch, rows, components] float32, times LARGEST_WEIGHT
+    first_span,
+    span,
+    count,  # tokens of the chunk
+    num_components,
+    width,
+    num_rows,
+    room,
+    row_blocks,
+    ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COMPONENTS: tl.constexpr,
+):
+    part = tl.program_id(0)
+    batch_row = (tl.program_id(2) // row_blocks).to(tl.int64)
+    batch = tl.num_programs(2) // row_blocks
+    rows = (tl.program_id(2) % row_blocks) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    component = tl.program_id(1) * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
+    is_component = component < num_components
+    maximum = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([BLOCK_COMPONENTS, ROWS], tl.float32)
+    for start in range(part * span, tl.minimum((part + 1) * span, count), BLOCK_TOKENS):
+        place = start + tl.arange(0, BLOCK_TOKENS)
+        z = tl.load(components + (batch_row * room + place)[:, None] * width + component[None, :])
+        score = tl.load(
+            scores + (batch_row * num_rows + rows)[None, :] * room + place[:, None],
+            mask=is_row[None, :] & (place < count)[:, None],
+            other=float("-inf"),
+        )
+        largest = tl.maximum(maximum, tl.max(score, 0))
+        weight = tl.exp2(score - largest[None, :]) * LARGEST_WEIGHT
+        shrink = tl.exp2(maximum - largest)
+        total = total * shrink + tl.sum(weight, 0)
+        sums = tl.dot(tl.trans(z), weight.to(z.dtype), sums * shrink[None, :], input_precision="ieee")
+        maximum = largest
+    held = ((first_span + part) * batch + batch_row) * num_rows + rows
+    if tl.program_id(1) == 0:
+        tl.store(maxima + held, maximum, mask=is_row)
+        tl.store(totals + held, total, mask=is_row)
+    tl.store(
+        mixed + held[None, :] * num_components + component[:, None],
+        sums,
+        mask=is_component[:, None] & is_row[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=ANY)
+def merge_kernel(
+    maxima,  # as of mix_kernel
+    totals,
+    mixed,
+    maximum,  # [batch * rows] float32
+    total,
+    result,  # [batch * rows, components] float32
+    num_spans,
+    num_components,
+    SPANS: tl.constexpr,
+    BLOCK_COMPONENTS: tl.constexpr,
+):
+    row, num_rows = tl.program_id(0), tl.num_programs(0)
+    component = tl.program_id(1) * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
+    spans = tl.arange(0, SPANS)
+    is_span = spans < num_spans
+    held = spans.to(tl.int64) * num_rows + row
+    largest = tl.load(maxima + held, mask=is_span, other=LOWEST)
+    most = tl.max(largest, 0)
+    share = tl.exp2(largest - most) / LARGEST_WEIGHT
+    is_held = is_span[:, None] & (component < num_components)[None, :]
+    sums = tl.load(mixed + held[:, None] * num_components + component[None, :], mask=is_held, other=0.0)
+    sums = tl.sum(sums * share[:, None], 0)
+    tl.store(result + row * num_components + component, sums, mask=component < num_components)
+    if tl.program_id(1) == 0:
+        tl.store(maximum + row, most / LOG2E)
+        tl.store(total + row, tl.sum(tl.load(totals + held, mask=is_span, other=0.0) * share, 0))
