@@ -72,7 +72,7 @@ def _print(result: dict) -> None:
 def _chart(result: dict) -> bytes:
     from matplotlib.figure import Figure
 
-    from .calibrate import as_png
+    from .pictures import as_png
 
     rows = result["rows"][::-1]
     figure = Figure(figsize=(8, 0.6 * len(rows) + 1), layout="constrained")

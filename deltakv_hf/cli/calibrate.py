@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +13,13 @@ from rich.table import Table
 from ..calibration.driver import calibrate, check_goal
 from ..calibration.report import Report
 from ..calibration.texts import read_documents
-from ..compressor.folder import check_place
 from ..compressor.kv_compressor import KVCompressor
-from ..errors import InvalidOptionError
 from ..evaluation.model import load_by_name
 from .arguments import command_line
-from .console import console, progress_bar, size
+from .console import console, progress_bar, size, stages
+from .folders import check_out, check_workspace
+from .licenses import licenses_of, note_licenses
+from .pictures import as_png
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         torch.set_num_threads(settings.threads)
     check_goal(settings.options["ratio"], settings.options["target_kl"])
     check_out(settings.out)
-    _check_workspace(settings.workspace, settings.out)
+    check_workspace(settings.workspace, settings.out)
     texts = read_documents(settings.text)
     licenses = licenses_of(settings.licenses, list(texts))
     model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
@@ -72,69 +70,6 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     if settings.workspace is None:
         shutil.rmtree(workspace, ignore_errors=True)
     _print(compressor, settings.out)
-
-
-def check_out(out: Path) -> None:
-    """Refuses at once what would be refused once the compressor is made."""
-    try:
-        check_place(out, "--out")
-        # the folder is made beside the place that it takes, and its own parents with it
-        above = next(folder for folder in out.resolve().parents if folder.exists())
-    except OSError as error:
-        raise InvalidOptionError(
-            f"`--out` must name a folder that can be made, got {str(out)!r}: {error.strerror}. Choose another place."
-        ) from error
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "may not be written to" if above.is_dir() else "is a file"
-        raise InvalidOptionError(
-            f"`--out` must name a folder that can be made, got {str(out)!r}: {str(above)!r} {why}. Choose another "
-            "place."
-        )
-
-
-def _check_workspace(workspace: Path | None, out: Path) -> None:
-    """Refuses a workspace that `out` could not be written beside: each of them takes all of its folder."""
-    if workspace is None:
-        return
-    one, other = workspace.resolve(), out.resolve()
-    if one.is_relative_to(other) or other.is_relative_to(one):
-        raise InvalidOptionError(
-            f"`--workspace` must be a folder apart from `--out`, got {str(workspace)!r} and {str(out)!r}: choose one "
-            "beside it."
-        )
-
-
-def stages(bar) -> Callable[[str, int], Callable[[], None]]:
-    """What a calibration or a training tells of its stages, as bars."""
-
-    def stage(name: str, steps: int) -> Callable[[], None]:
-        if not console.is_terminal:
-            # a file shows a bar only when all is done
-            console.print(f"{name}, {steps} steps")
-        task = bar.add_task(name, total=steps)
-        return lambda: bar.advance(task)
-
-    return stage
-
-
-def licenses_of(entries: list[str], texts: list[str]) -> dict[str, str]:
-    """Licences by text, of entries `FILE=LICENCE`; a file may be named with its ending or without."""
-    licenses = {}
-    for entry in entries:
-        name, equals, licence = entry.partition("=")
-        named = [text for text in texts if name in (text, Path(text).stem)]
-        if not equals or not licence or not named:
-            raise InvalidOptionError(
-                f"`--text-license` must be FILE=LICENCE of one of {', '.join(texts)}, got {entry!r}."
-            )
-        licenses |= dict.fromkeys(named, licence)
-    return licenses
-
-
-def note_licenses(sources: list[dict[str, str]], licenses: dict[str, str]) -> None:
-    """Writes what is known of licences into a config's sources of text."""
-    for source in sources:
-        source["license"] = licenses.get(source["source"], source["license"])
 
 
 def _print(compressor: KVCompressor, out: Path) -> None:
@@ -198,13 +133,3 @@ def _curve_chart(report: Report) -> bytes:
     axes.set_ylabel("KL to the full cache, nats")
     axes.legend(frameon=False)
     return as_png(figure, axes)
-
-
-def as_png(figure, axes) -> bytes:
-    """A figure with one pair of axes, as all of this package look."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e7eb")
-    axes.set_axisbelow(True)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=150, format="png", metadata={"Software": None})
-    return content.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -21,6 +21,19 @@ def progress_bar() -> Progress:
     """Progress bars that stay on the screen when they are full."""
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn()
     return Progress(*columns, console=console)
+
+
+def stages(bar) -> Callable[[str, int], Callable[[], None]]:
+    """What a calibration or a training tells of its stages, as bars."""
+
+    def stage(name: str, steps: int) -> Callable[[], None]:
+        if not console.is_terminal:
+            # a file shows a bar only when all is done
+            console.print(f"{name}, {steps} steps")
+        task = bar.add_task(name, total=steps)
+        return lambda: bar.advance(task)
+
+    return stage
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
-from .calibrate import check_out
 from .console import console
+from .folders import check_out
 
 
 def run_convert(name: str, out: Path, latent_nbits: int | None, latent_group_size: int | None) -> None:

@@ -15,8 +15,10 @@ from ..compressor.kv_compressor import KVCompressor
 from ..evaluation.model import load_by_name
 from ..training import History, train
 from .arguments import command_line
-from .calibrate import as_png, check_out, licenses_of, note_licenses, stages
-from .console import console, progress_bar
+from .console import console, progress_bar, stages
+from .folders import check_out
+from .licenses import licenses_of, note_licenses
+from .pictures import as_png
 
 
 @dataclass(frozen=True)
