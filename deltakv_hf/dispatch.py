@@ -103,12 +103,12 @@ def has_kernels(device: torch.device) -> bool:
 @cache
 def _runs_triton(device: torch.device) -> bool:
     # the smallest call there is: Triton may be missing, too old, or without a compiler for what launches a kernel
-    tables, steps = [torch.zeros(1, 256, 1, dtype=torch.int16)], [torch.ones(1)]
     try:
         if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
             raise RuntimeError(f"its compute capability is below {LEAST_CAPABILITY}")
-        placed = [[part.to(device) for part in parts] for parts in (tables, steps)]
-        vector_quantize(torch.zeros(1, 1, 1, device=device), [0], *placed, backend="triton")
+        tables = [torch.zeros(1, 256, 1, dtype=torch.int16, device=device)]
+        steps = [torch.ones(1, device=device)]
+        vector_quantize(torch.zeros(1, 1, 1, device=device), [0], tables, steps, backend="triton")
     except Exception as error:
         warnings.warn(f"the cache runs without its kernels on {device}, many times slower: {error}", stacklevel=2)
         return False

@@ -30,11 +30,11 @@ HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
 INDICES = {"codes": "*u8"} | dict.fromkeys(
     ("slots", "positions", "lengths", "byte_idx", "first_entry", "vector_size"), "*i32"
 )
-DECODE = HALVES | INDICES | integers("num_tokens row_stride slot_stride", "first num_components width room")
-SCORE = HALVES | INDICES | integers("num_tokens num_heads num_queries mask_row mask_head mask_query mask_token")
-SCORE |= integers("", "first num_components width room half pairs map_stride angle_stride")
-MIX = HALVES | integers("first_span count num_rows row_blocks", "span num_components width room")
-MERGE = integers("num_spans", "num_components")
+DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride", "width room")
+SCORE = HALVES | INDICES | integers("first num_tokens num_components num_heads num_queries angle_stride")
+SCORE |= integers("mask_row mask_head mask_query mask_token", "width room half pairs map_stride")
+MIX = HALVES | integers("first_span count num_components num_rows row_blocks", "span width room")
+MERGE = integers("num_spans num_components")
 
 
 def kernels(capability: int):

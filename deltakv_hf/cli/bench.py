@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from .arguments import Device, check_output, command_line
-from .console import readable_errors
+from .console import console, readable_errors
+from .pictures import as_png
 
 bench_app = typer.Typer(help="Measures what the parts of the cache cost here.", no_args_is_help=True)
 
@@ -53,8 +54,6 @@ def _print(result: dict) -> None:
     from rich import box
     from rich.table import Table
 
-    from .console import console
-
     rates = result["rates"]
     title = f"copies {rates['copy_gb_s']:,.0f} GB/s, products {rates['product_tflops']:,.1f} TFLOPS"
     title += f", of bytes {rates['int8_tops']:,.1f} TOPS"
@@ -71,8 +70,6 @@ def _print(result: dict) -> None:
 
 def _chart(result: dict) -> bytes:
     from matplotlib.figure import Figure
-
-    from .pictures import as_png
 
     rows = result["rows"][::-1]
     figure = Figure(figsize=(8, 0.6 * len(rows) + 1), layout="constrained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .attend import Attended, weigh
+from .score import score
 
 
 def reconstruct_and_attend(
@@ -47,7 +48,7 @@ def reconstruct_and_attend(
     Returns:
         of what is mixed, `[batch, heads, queries, components]`.
     """
-    batch, heads, _, head_dim = query.shape
+    batch = len(query)
     rows = torch.arange(batch, device=codes.device)[:, None]
     if angles is not None:
         angles = tuple(part.float().expand(batch, -1, -1) for part in angles)
@@ -56,15 +57,7 @@ def reconstruct_and_attend(
     if slots is not None:
         codes = codes[rows, slots]
     components = table.float()[first_entry + codes[..., byte_idx].int() * vector_size]
-    keys = (components @ key_map.float()) * key_scale + key_mean
-    keys = keys.unflatten(-1, (heads, head_dim))
-    if angles is not None:
-        cos, sin = (part.unsqueeze(-2) for part in angles)
-        pairs = keys.unflatten(-1, (-1, 2))
-        x, y = pairs[..., : cos.shape[-1], :].unbind(-1)
-        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
-        keys = torch.cat([turned, pairs[..., cos.shape[-1] :, :]], dim=-2).flatten(-2)
-    scores = query @ keys.permute(0, 2, 3, 1)
+    scores = score(query, components, key_mean, key_map.float() * key_scale, angles)
     if lengths is not None:
         is_behind = torch.arange(codes.shape[1], device=codes.device) >= lengths[:, None]
         scores = scores.masked_fill(is_behind[:, None, None], -torch.inf)

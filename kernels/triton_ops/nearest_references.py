@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..reference.nearest_references import num_levels, round_rows
+from .capability import capability
 
 # numbers of a row that are read at once
 BLOCK_WIDTH = 128
@@ -106,8 +107,8 @@ def nearest_references(
         squares,
         num_visible.expand(batch, -1).to(torch.int32).contiguous(),
     )
-    major, minor = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else (8, 0)
-    options = {"IN_BYTES": major >= 8} | tile(10 * major + minor)
+    card = capability(tokens.device)
+    options = {"IN_BYTES": card >= 80} | tile(card)
     grid = (triton.cdiv(num_tokens, options["BLOCK_TOKENS"]), batch)
     for k in range(top_k):
         if k:

@@ -9,6 +9,7 @@ import triton
 
 from ..reference.attend import Attended
 from .attend_kernels import decode_kernel, merge_kernel, mix_kernel, score_kernel
+from .capability import capability
 
 # bytes of the chunk of components; with scores and partial sums a read takes less than 64 MB
 CHUNK_BYTES = 2**25
@@ -69,7 +70,7 @@ def reconstruct_and_attend(
         pairs, angle_stride = cos.shape[-1], cos.stride(0) if len(cos) > 1 else 0
     strides = [0] * 4 if mask is None else mask.expand(batch, heads, num_queries, num_tokens).stride()
     half = max(16, triton.next_power_of_2(head_dim // 2))
-    tile = score_tile(half, dtype, _capability(device))
+    tile = score_tile(half, dtype, capability(device))
     asked = min(heads, tile["HEADS"]) * num_queries
     tile["QUERIES"] = min(MOST_QUERIES, max(FEWEST_ROWS, triton.next_power_of_2(asked)))
     row_block = min(64, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
@@ -132,9 +133,3 @@ def _chunk(token_bytes: int, heads: int, tile: dict[str, int], device: torch.dev
 
 def _rows_side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 and (x.ndim < 3 or x.stride(-2) == x.shape[-1]) else x.contiguous()
-
-
-def _capability(device: torch.device) -> int:
-    """75 for a T4, 90 for an H100; the interpreter takes what most cards take."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return 10 * major + minor
