@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedModelError
 from .hf_compat import DynamicCache
 from .longrope import guard, unguard
-from .rope import RopeForm
+from .rope import RopeForm, unrotated_tokens
 from .rotary import RotaryCall, RotaryWatch
 
 PROBE_TOKENS = 7
@@ -241,9 +241,10 @@ def _forms(cos: torch.Tensor, head_dim: int) -> list[RopeForm]:
 
 def _explains(form: RopeForm, plain: torch.Tensor, rotated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     tolerance = 4 * torch.finfo(rotated.dtype).eps
-    cos, sin = (form.angles(table).float().unsqueeze(1) for table in (cos, sin))
-    there, back = torch.empty(plain.shape, dtype=torch.float32, device=plain.device), rotated.float().clone()
-    form.apply(plain.float(), cos, sin, there)
-    form.invert(back, cos, sin)
+    angles = tuple(form.angles(table).float() for table in (cos, sin))
+    there = torch.empty(plain.shape, dtype=torch.float32, device=plain.device)
+    form.apply(plain.float(), *(part.unsqueeze(1) for part in angles), there)
+    back = unrotated_tokens(form, rotated, rotated[..., :0], angles).unflatten(-1, (rotated.shape[1], -1))
+    back = back.transpose(1, 2)
     pairs = ((there, rotated.float()), (back, plain.float()))
     return all((a - b).norm() <= tolerance * b.norm() for a, b in pairs)

@@ -14,6 +14,9 @@ from .kernels import reference
 from .kernels.reference import (
     LINEAR_MAPS,
     Attended,
+    KeyMap,
+    References,
+    Vectors,
     attend,
     dequantize,
     feed_forward,
@@ -29,6 +32,10 @@ from .kernels.reference import (
 __all__ = [
     "LINEAR_MAPS",
     "Attended",
+    "KeyMap",
+    "References",
+    "Vectors",
+    "analyse",
     "attend",
     "dequantize",
     "feed_forward",
@@ -39,6 +46,7 @@ __all__ = [
     "reconstruct",
     "reconstruct_and_attend",
     "score",
+    "unrotate",
     "vector_dequantize",
     "vector_quantize",
     "weigh",
@@ -47,7 +55,18 @@ __all__ = [
 BACKENDS = ("reference", "triton")
 LEAST_CAPABILITY = (7, 5)
 # what a GPU does with Triton by itself: measured, and faster there (docs/kernels.md)
-CHOSEN = ("nearest_references", "reconstruct_and_attend", "vector_quantize")
+CHOSEN = ("analyse", "nearest_references", "reconstruct_and_attend", "unrotate", "vector_quantize")
+
+
+def analyse(
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    weights: torch.Tensor,
+    inverse: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/analyse.py`; backends differ in the order of sums, by a millionth of a token."""
+    return _op("analyse", backend, tokens.device)(tokens, mean, weights, inverse)
 
 
 def nearest_references(
@@ -75,13 +94,9 @@ def vector_quantize(
 def reconstruct_and_attend(
     query: torch.Tensor,
     codes: torch.Tensor,
-    table: torch.Tensor,
-    byte_idx: torch.Tensor,
-    first_entry: torch.Tensor,
-    vector_size: torch.Tensor,
-    key_map: torch.Tensor,
-    key_scale: torch.Tensor,
-    key_mean: torch.Tensor,
+    vectors: Vectors,
+    key_map: KeyMap,
+    references: References | None = None,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
@@ -90,9 +105,19 @@ def reconstruct_and_attend(
     backend: str | None = None,
 ) -> Attended:
     """See `kernels/reference/reconstruct_and_attend.py`; backends differ in the order of sums."""
-    vectors, keys = (table, byte_idx, first_entry, vector_size), (key_map, key_scale, key_mean)
     op = _op("reconstruct_and_attend", backend, query.device)
-    return op(query, codes, *vectors, *keys, angles, mask, slots, positions, lengths)
+    return op(query, codes, vectors, key_map, references, angles, mask, slots, positions, lengths)
+
+
+def unrotate(
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/unrotate.py`; every backend gives the same numbers."""
+    return _op("unrotate", backend, key_states.device)(key_states, value_states, angles, interleaved)
 
 
 def has_kernels(device: torch.device) -> bool:

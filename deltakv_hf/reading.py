@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .compressor import Coder, TransformCompressor
+from .compressor.vectors import TokenVectors
 from .hf_compat import without_autocast
 from .layout import Layout, View
 from .rope import RopeForm, RopeTables
@@ -150,39 +151,75 @@ class StateReader:
 
     def _fuses(self, query: torch.Tensor) -> bool:
         """Whether one op is the faster way for `query`, as the model made it."""
-        # tensor cores round to 16 bits, which a model in float32 did not ask for
-        if query.dtype not in HALVES or not self.compressor.lattice.is_everywhere:
+        # tensor cores round to 16 bits, which a model in float32 did not ask for; tiles hold heads of 256
+        if query.dtype not in HALVES or query.shape[-1] > 256:
             return False
-        # what the kernel's tiles hold, and how far its 32-bit offsets reach into a row
-        fits = query.shape[-1] <= 256 and self.state.store.reference_codes[0].numel() < 2**31
-        return fits and dispatch.has_kernels(self.device)
+        # how far the kernel's 32-bit offsets reach into a row
+        row_bytes = self.state.store.reference_codes[0].numel(), self.state.store.residual_codes[0].numel()
+        return max(row_bytes) < 2**31 and dispatch.has_kernels(self.device)
 
     def _attend_codes(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
-        """The same in one op, of a layer without references."""
-        heads, head_dim, transform, count = *query.shape[1::2], self.compressor.transform, self.layout.compressed
-        num_sinks, key_width = self.state.sink_keys.shape[2], heads * head_dim
-        vectors, angles, positions = transform.reference_codebook.vectors, None, None
-        key_map, scale = transform.basis[:, :key_width], vectors.largest / transform.weights
-        mean = transform.mean
-        keys = key_map, scale[:key_width], mean[:key_width]
+        """The same in one op for references, which may be all tokens, and one for residuals."""
+        store, transform = self.state.store, self.compressor.transform
+        lattice, count = self.compressor.lattice, self.layout.compressed
+        num_references = lattice.count(count)
+        reference_codes = store.reference_codes[:, :num_references]
+        if lattice.is_everywhere:
+            return self._attend_coded(query, mask, reference_codes, transform.reference_vectors)
+        span = lattice.span(0, count, self.device)
+        seen = self._attend_coded(query, mask, reference_codes, transform.reference_vectors, span.reference_offsets)
+        if count == num_references:
+            return seen
+        codes, coded = store.residual_codes[:, : count - num_references], transform.residual_vectors
+        references = dispatch.References(reference_codes, store.reference_idx[..., 0], *coded.added)
+        return seen.merge(self._attend_coded(query, mask, codes, coded, span.residual_offsets, references))
+
+    def _attend_coded(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        codes: torch.Tensor,
+        coded: TokenVectors,
+        offsets: torch.Tensor | None = None,
+        references: dispatch.References | None = None,
+    ) -> dispatch.Attended:
+        """What `[batch, heads, queries, head_dim]` see in tokens of one kind.
+
+        Args:
+            codes: `[batch, n, bytes]`, read as `coded`, to be added to `references`.
+            offsets: `[n]` int64, which compressed tokens these are; None: all.
+        """
+        heads, head_dim, transform = *query.shape[1::2], self.compressor.transform
+        key_width, angles, positions = heads * head_dim, None, None
+        basis, scale, mean = transform.basis[coded.order], coded.largest / transform.weights, transform.mean
+        keys = basis[:, :key_width], scale[:key_width], mean[:key_width]
         if self.form is not None:
-            pairs, view = self.tables.cos.shape[-1], self.layout.view(self.device)
+            pairs = self.tables.cos.shape[-1]
             query = self.form.paired(query, pairs)
             keys = (self.form.paired(part.unflatten(-1, (heads, -1)), pairs).flatten(-2) for part in keys)
-            span = slice(self.num_sink_tokens, self.num_sink_tokens + count)
-            angles = self.tables.cos, self.tables.sin
-            if view is None:
-                angles = tuple(table[:, span] for table in angles)
-            else:
-                positions = view.columns[:, span].int()
+            angles, positions = self._angles(offsets)
         if mask is not None:
-            mask = mask[..., num_sinks : num_sinks + count]
-        parts = vectors.table, vectors.byte_idx, vectors.first_entry, vectors.vector_size, *keys
-        codes = self.state.store.reference_codes[:, :count]
-        seen = dispatch.reconstruct_and_attend(query, codes, *parts, angles, mask, positions=positions)
-        value_map = (transform.basis[:, key_width:] * scale[key_width:]).unflatten(-1, (heads, -1)).transpose(0, 1)
+            first = self.state.sink_keys.shape[2]
+            mask = mask[..., first : first + self.layout.compressed]
+            mask = mask if offsets is None else mask.index_select(-1, offsets)
+        key_map = dispatch.KeyMap(*keys)
+        seen = dispatch.reconstruct_and_attend(
+            query, codes, coded.vectors, key_map, references, angles, mask, positions=positions
+        )
+        value_map = (basis[:, key_width:] * scale[key_width:]).unflatten(-1, (heads, -1)).transpose(0, 1)
         mean = mean[key_width:].unflatten(-1, (heads, 1, -1))
         return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ value_map + seen.total * mean)
+
+    def _angles(self, offsets: torch.Tensor | None) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        """Tables of angles, and where in them those of compressed tokens `offsets` stand."""
+        batch, view, count = self.state.tail_keys.shape[0], self.layout.view(self.device), self.layout.compressed
+        span, tables = slice(self.num_sink_tokens, self.num_sink_tokens + count), (self.tables.cos, self.tables.sin)
+        if view is None:
+            positions = None if offsets is None else offsets.int().expand(batch, -1).contiguous()
+            return tuple(table[:, span] for table in tables), positions
+        positions = view.columns[:, span]
+        positions = positions if offsets is None else positions.index_select(1, offsets)
+        return tables, positions.int().contiguous()
 
     def _attend_raw(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
         """The same of sinks, tail and pending tokens."""

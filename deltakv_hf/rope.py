@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import dispatch
 from .errors import CacheStateError
 
 
@@ -53,15 +54,6 @@ class RopeForm:
         turned = torch.cat(pair, dim=-1) if self.pairing == "half" else torch.stack(pair, dim=-1).flatten(-2)
         return torch.cat([turned, x[..., turned.shape[-1] :]], dim=-1)
 
-    def invert(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Undoes `apply` in place; exact for tables that carry a factor (YaRN) or are rounded to 16 bits."""
-        first, second = self._pairs(x, cos.shape[-1])
-        kept = first.clone()
-        square = cos * cos + sin * sin
-        # no fused multiply-add: stored bytes must not depend on where in a tensor a token stands
-        first.mul_(cos).add_(second * sin).div_(square)
-        second.mul_(cos).sub_(kept * sin).div_(square)
-
     def paired(self, x: torch.Tensor, num_pairs: int) -> torch.Tensor:
         """The last axis in another order: both numbers of a rotated pair side by side, pairs first.
 
@@ -88,12 +80,7 @@ def unrotated_tokens(
         form: how the keys are rotated, or None if they are not.
         angles: cos, sin `[1 or rows, n, n/2]` float32; None without a form.
     """
-    # a copy: un-rotation works in place, and the model may still need its keys
-    keys = keys.transpose(1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if form is not None:
-        cos, sin = angles
-        form.invert(keys, cos.unsqueeze(2), sin.unsqueeze(2))
-    return torch.cat([keys.flatten(2), values.transpose(1, 2).flatten(2).float()], dim=-1)
+    return dispatch.unrotate(keys, values, angles, form is not None and form.pairing == "interleaved")
 
 
 class RopeTables:

@@ -7,7 +7,7 @@ import json
 
 import torch
 import triton
-from deltakv_hf.kernels.triton_ops import attend_kernels, nearest_references, vector_quantize
+from deltakv_hf.kernels.triton_ops import analyse, attend_kernels, nearest_references, unrotate, vector_quantize
 from deltakv_hf.kernels.triton_ops import reconstruct_and_attend as ra
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,11 +26,23 @@ NEAREST |= integers("num_tokens num_references", "width")
 ASSIGN = {"codes": "*u8", "limit": "fp32"} | integers(
     "num_tokens num_components num_bytes first_component first_byte size"
 )
+SPLIT = {"parts": "*fp16"} | integers("", "width room")
+MULTIPLY = {"parts": "*fp16", "inverse": "*fp16"}
+MULTIPLY |= integers("num_tokens", "num_components width room")
+UNROTATE = {"states": "*fp16"}
+UNROTATE |= integers("num_tokens heads row_stride angle_stride", "head_dim pairs head_stride token_stride width")
 HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
-INDICES = {"codes": "*u8"} | dict.fromkeys(
-    ("slots", "positions", "lengths", "byte_idx", "first_entry", "vector_size"), "*i32"
+INDICES = (
+    {"codes": "*u8"}
+    | dict.fromkeys(
+        "slots positions lengths byte_idx first_entry vector_size".split()
+        + "reference_byte_idx reference_first_entry reference_vector_size".split(),
+        "*i32",
+    )
+    | {"reference_codes": "*u8", "reference_idx": "*i16"}
 )
 DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride", "width room")
+DECODE |= integers("reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2")
 SCORE = HALVES | INDICES | integers("first num_tokens num_components num_heads num_queries angle_stride")
 SCORE |= integers("mask_row mask_head mask_query mask_token", "width room half pairs map_stride")
 MIX = HALVES | integers("first_span count num_components num_rows row_blocks", "span width room")
@@ -39,13 +51,21 @@ MERGE = integers("num_spans num_components")
 
 def kernels(capability: int):
     """(kernel, types, constants, options) of everything that runs on a card."""
+    for interleaved in (True, False):
+        constants = {"INTERLEAVED": interleaved, "BLOCK_TOKENS": unrotate.BLOCK_TOKENS, "BLOCK_DIM": 128}
+        yield unrotate.unrotate_kernel, UNROTATE, constants, {"enable_fp_fusion": False}
+    yield analyse.split_kernel, SPLIT, {"BLOCK_WIDTH": analyse.SPLIT_WIDTH}, {}
+    yield analyse.multiply_kernel, MULTIPLY, analyse.tile(capability), {}
     for is_first in (True, False):
         constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
         tile = nearest_references.tile(capability)
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
-    for table in ("*i8", "*i16"):
-        yield vector_quantize.assign_kernel, ASSIGN | {"table": table}, dict(vector_quantize.TILE), {}
-    yield attend_kernels.decode_kernel, DECODE, {"HAS_SLOTS": True} | ra.DECODE_TILE, {}
+    for table, is_long in (("*i8", False), ("*i8", True), ("*i16", False)):
+        constants = {"IS_LONG": is_long, "IN_BITS": table == "*i8", "TOKENS": vector_quantize.TOKENS}
+        yield vector_quantize.assign_kernel, ASSIGN | {"table": table}, constants | vector_quantize.TILE, {}
+    for has_references in (True, False):
+        constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
+        yield attend_kernels.decode_kernel, DECODE, constants | ra.DECODE_TILE, {}
     for half in (32, 64, 128):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):
             constants = {
@@ -57,8 +77,9 @@ def kernels(capability: int):
             }
             yield attend_kernels.score_kernel, types, constants | ra.score_tile(half, dtype, capability), {}
     for rows in (16, 64):
-        for types in (MIX, {n: t for n, t in MIX.items() if t != "*fp16"}):
-            yield attend_kernels.mix_kernel, types, {"ROWS": rows} | ra.MIX_TILE, {}
+        for dtype, types in ((torch.float16, MIX), (torch.float32, {n: t for n, t in MIX.items() if t != "*fp16"})):
+            constants = {"ROWS": rows, "num_stages": ra.mix_stages(dtype)} | ra.MIX_TILE
+            yield attend_kernels.mix_kernel, types, constants, {}
     yield attend_kernels.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
 
 

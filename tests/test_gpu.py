@@ -116,7 +116,7 @@ def generated(model, cache, **options):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_a_fused_step_is_near_that_of_dense_keys(monkeypatch, dtype, padded):
     model = new_model("llama")
-    compressor = random_compressor(model, stride=1)
+    compressor = random_compressor(model)
     model.to("cuda", dtype).set_attn_implementation("deltakv")
     inputs = left_padded([60, 41]) if padded else {"input_ids": torch.arange(1, 61)[None]}
     inputs, logits = {name: part.cuda() for name, part in inputs.items()}, []
@@ -129,7 +129,8 @@ def test_a_fused_step_is_near_that_of_dense_keys(monkeypatch, dtype, padded):
         model(**inputs, past_key_values=cache)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1) if padded else None
         logits.append(model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache).logits.float())
-    assert len(calls) == len(cache.own_layers)
+    # of two layers the second has no references, which are read apart
+    assert 2 * len(calls) == 3 * len(cache.own_layers)
     assert (logits[0] - logits[1]).norm() < 3e-2 * logits[1].norm()
 
 

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakv_hf import InvalidOptionError, dispatch
+from deltakv_hf.compressor.codebook import Codebook
+from deltakv_hf.compressor.vectors import token_vectors
 from deltakv_hf.kernels import reference
 
 pytest.importorskip("triton")
@@ -61,12 +63,63 @@ def test_nearest_references_at_the_edges_of_tiles(num_tokens):
     assert torch.equal(found.cpu(), expected)
 
 
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(0, 150)),
+    width=st.sampled_from([1, 40, 1030]),
+    components=st.integers(1, 140),
+    exponent=st.integers(-12, 12),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20)
+def test_components_are_those_of_the_reference_in_any_company(shape, width, components, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(*shape, width, generator=generator) * 10.0**exponent
+    mean, weights = torch.randn(width, generator=generator) * 10.0**exponent, torch.rand(width, generator=generator)
+    inverse = torch.randn(width, components + 3, generator=generator).half()[:, :components]
+    if shape[1]:
+        tokens[:, 0] = mean
+    tokens[:, 1:2] = torch.nan
+    arguments = [part.to(DEVICE) for part in (tokens, mean, weights, inverse)]
+    got = dispatch.analyse(*arguments, backend="triton")
+    expected = dispatch.analyse(tokens, mean, weights, inverse, backend="reference")
+    # of what is summed up
+    sizes = (((tokens - mean) * weights).norm(dim=-1, keepdim=True) * inverse.float().norm(dim=0)).clamp_(min=1e-30)
+    error = (got.cpu() - expected) / sizes
+    torch.testing.assert_close(error, expected * 0, rtol=0, atol=1e-6, equal_nan=True)
+    some = dispatch.analyse(arguments[0][:1, 1::2].contiguous(), *arguments[1:], backend="triton")
+    assert torch.equal(some.nan_to_num(), got[:1, 1::2].nan_to_num())
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(0, 40)),
+    sizes=st.tuples(st.sampled_from([2, 6, 32]), st.sampled_from([1, 6, 40])),
+    turned=st.sampled_from(["not", "one pair", "all", "all of one row"]),
+    interleaved=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_unrotated_tokens_are_those_of_the_reference(shape, sizes, turned, interleaved, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, heads, num_tokens = shape
+    # as a model holds them, and cut out of more
+    states = [torch.randn(rows, num_tokens + 3, heads, size, generator=generator).bfloat16() for size in sizes]
+    states, angles = [part.transpose(1, 2)[:, :, 3:] for part in states], None
+    if turned != "not":
+        count = 1 if turned == "one pair" else sizes[0] // 2
+        angle = torch.randn(1 if turned == "all of one row" else rows, num_tokens, count, generator=generator)
+        angles = 1.3 * angle.cos(), 1.3 * angle.sin()
+    expected = dispatch.unrotate(*states, angles, interleaved, backend="reference")
+    placed = angles and tuple(part.to(DEVICE) for part in angles)
+    got = dispatch.unrotate(*(part.to(DEVICE) for part in states), placed, interleaved, backend="triton")
+    assert torch.equal(got.cpu(), expected)
+
+
 @st.composite
 def assignments(draw):
     """(x, starts, tables, steps): runs of groups of several sizes with components before, between and behind them."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     starts, tables, steps, components = [], [], [], draw(st.integers(0, 2))
-    for size in draw(st.lists(st.sampled_from([1, 2, 3, 4, 7, 16]), min_size=1, max_size=3, unique=True)):
+    for size in draw(st.lists(st.sampled_from([1, 2, 3, 4, 7, 16, 40, 90]), min_size=1, max_size=3, unique=True)):
         groups, limit = draw(st.integers(1, 3)), dispatch.grid_limit(size)
         # few integers: many ties
         most = draw(st.sampled_from([2, limit]))
@@ -91,14 +144,31 @@ def test_vectors_are_those_of_the_reference(assignment):
     assert torch.equal(dispatch.vector_quantize(*placed, backend="triton").cpu(), expected)
 
 
+def random_book(draw, generator: torch.Generator, components: int) -> Codebook:
+    """Runs of vectors of several sizes with components outside of them."""
+    starts, tables, steps, place = [], [], [], draw(st.integers(0, 3))
+    for size in draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 20]), max_size=4)):
+        groups = draw(st.integers(1, 3))
+        if place + groups * size > components:
+            break
+        starts.append(place)
+        tables.append(torch.randint(-100, 101, (groups, 256, size), generator=generator).to(torch.int8))
+        steps.append((torch.rand(groups, generator=generator) + 0.1) / 50)
+        place += groups * size + draw(st.integers(0, 2))
+    return Codebook(starts, tables, steps, components)
+
+
+def random_codes(generator: torch.Generator, batch: int, num_tokens: int, book: Codebook) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, num_tokens, book.num_bytes), generator=generator).to(torch.uint8)
+
+
 @st.composite
 def readings(draw):
-    """Arguments of `reconstruct_and_attend`: RoPE of whole heads, of a part or none; lists, masks, lengths."""
+    """Arguments of `reconstruct_and_attend`: RoPE of whole heads, of a part or none; references, lists, masks."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    sizes = [st.integers(1, 2), st.integers(1, 5), st.integers(1, 20), st.integers(1, 300), st.integers(1, 9)]
-    batch, heads, queries, num_slots, groups = draw(st.tuples(*sizes))
-    head_dim, size = 2 * draw(st.sampled_from([1, 5, 16, 32])), draw(st.sampled_from([1, 3, 16]))
-    components, n = groups * size, num_slots
+    sizes = [st.integers(1, 2), st.integers(1, 5), st.integers(1, 20), st.integers(1, 300), st.integers(1, 90)]
+    batch, heads, queries, num_slots, components = draw(st.tuples(*sizes))
+    head_dim, n = 2 * draw(st.sampled_from([1, 5, 16, 32])), num_slots
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
@@ -106,12 +176,21 @@ def readings(draw):
     def integers(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, high, shape, generator=generator).int()
 
-    number = torch.arange(components, dtype=torch.int32)
-    group = number // size
-    vectors = random(256 * components), group, group * 256 * size + number % size, torch.full_like(number, size)
-    key_map = random(components, heads * head_dim + 3)[:, : heads * head_dim] / components**0.5
-    tensors = random(batch, heads, queries, head_dim), integers(256, batch, num_slots, groups).to(torch.uint8)
-    options, pairs = {}, draw(st.sampled_from([0, 1, head_dim // 2]))
+    book, options = random_book(draw, generator, components), {}
+    if draw(st.booleans()):
+        num_references, added = draw(st.integers(1, 40)), random_book(draw, generator, components)
+        coded = token_vectors(book, added, torch.rand(components, generator=generator))
+        idx = integers(num_references, batch, num_slots).to(torch.int16)
+        codes = random_codes(generator, batch, num_references, added)
+        options["references"] = dispatch.References(codes, idx, *coded.added)
+    else:
+        coded = token_vectors(book)
+    vectors = coded.vectors._replace(table=coded.vectors.table.float())
+    places = len(coded.order)
+    matrix = random(places, heads * head_dim + 3)[:, : heads * head_dim] / (places + 1) ** 0.5
+    key_map = dispatch.KeyMap(matrix, random(heads * head_dim), random(heads * head_dim))
+    arguments = random(batch, heads, queries, head_dim), random_codes(generator, batch, num_slots, book), vectors
+    pairs = draw(st.sampled_from([0, 1, head_dim // 2]))
     if draw(st.booleans()):
         n = draw(st.integers(1, 200))
         options["slots"] = integers(num_slots, batch, n)
@@ -126,19 +205,25 @@ def readings(draw):
         options["mask"] = mask.masked_fill(mask > 1, -torch.inf)
     if draw(st.booleans()):
         options["lengths"] = integers(n + 1, batch)
-    keys = key_map, random(heads * head_dim), random(heads * head_dim)
-    return [*tensors, *vectors, *keys], options
+    return [*arguments, key_map], options
+
+
+def _place(part, device, dtype):
+    """Tensors, in named tuples too, on `device`; tables and maps in `dtype`."""
+    if isinstance(part, dispatch.Vectors):
+        part = part._replace(table=part.table.to(dtype))
+    if isinstance(part, dispatch.KeyMap):
+        part = part._replace(matrix=part.matrix.to(dtype))
+    if isinstance(part, tuple):
+        placed = [_place(item, device, dtype) for item in part]
+        return type(part)(*placed) if hasattr(part, "_fields") else tuple(placed)
+    return part.to(device) if isinstance(part, torch.Tensor) else part
 
 
 def _read(arguments, options, backend, device, dtype=torch.float32):
     """Output and logarithm of the sum of what `readings` drew, with tables of `dtype`, on the CPU."""
-
-    def place(part):
-        return tuple(map(place, part)) if isinstance(part, tuple) else part.to(device)
-
-    arguments = [place(part) for part in arguments]
-    arguments[2], arguments[6] = arguments[2].to(dtype), arguments[6].to(dtype)
-    options = {name: place(part) for name, part in options.items()}
+    arguments = [_place(part, device, dtype) for part in arguments]
+    options = {name: _place(part, device, dtype) for name, part in options.items()}
     seen = dispatch.reconstruct_and_attend(*arguments, **options, backend=backend)
     return seen.result().cpu(), (seen.maximum + seen.total.log()).cpu()
 

@@ -11,27 +11,6 @@ from .. import dispatch
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """All vectors in one table; component `c` is `table[first_entry[c] + code[byte_idx[c]] * vector_size[c]]`.
-
-    Attributes:
-        table: `[entries]` float16, what was quantised divided by `largest`.
-        byte_idx, first_entry, vector_size: `[num_components]` int32.
-        largest: float32, without axes.
-    """
-
-    table: torch.Tensor
-    byte_idx: torch.Tensor
-    first_entry: torch.Tensor
-    vector_size: torch.Tensor
-    largest: torch.Tensor
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What is held."""
-        return [self.table, self.byte_idx, self.first_entry, self.vector_size, self.largest]
-
-
-@dataclass(frozen=True)
 class Codebook:
     """Runs of groups of components, one byte a group; components outside of every run are not stored.
 
@@ -71,28 +50,6 @@ class Codebook:
             scale[start : start + size * len(step)] = step.repeat_interleave(size)
         return scale
 
-    @cached_property
-    def vectors(self) -> Vectors:
-        """All vectors in one table, in float16 for tensor cores: made when first read so, and held from then on."""
-        device = self.scale.device
-        parts, first_entry, byte_idx, vector_size = [torch.zeros(1, device=device)], [], [], []
-        # entry 0 is what components outside of every run read
-        place, entry, byte = 0, 1, 0
-        for start, table, step in zip(self.starts, self.tables, self.steps, strict=True):
-            groups, _, size = table.shape
-            outside = torch.zeros(start - place, dtype=torch.int32)
-            parts.append((table * step[:, None, None]).flatten())
-            group, number = torch.arange(groups).repeat_interleave(size), torch.arange(size).repeat(groups)
-            first_entry += [outside, entry + group * 256 * size + number]
-            byte_idx += [outside, byte + group]
-            vector_size += [outside, torch.full((groups * size,), size)]
-            place, entry, byte = start + groups * size, entry + 256 * groups * size, byte + groups
-        outside = torch.zeros(self.num_components - place, dtype=torch.int32)
-        entries = torch.cat(parts)
-        largest = entries.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
-        indices = (torch.cat([*part, outside]).int().to(device) for part in (byte_idx, first_entry, vector_size))
-        return Vectors((entries / largest).half(), *indices, largest)
-
     def to(self, device: torch.device) -> Codebook:
         """The same on `device`."""
         parts = ([part.to(device) for part in held] for held in (self.tables, self.steps))
@@ -108,5 +65,4 @@ class Codebook:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
-        made = self.__dict__.get("vectors")
-        return [*self.tables, *self.steps, self.scale, *([] if made is None else made.tensors())]
+        return [*self.tables, *self.steps, self.scale]

@@ -19,7 +19,6 @@ from .. import dispatch
 from ..references import Lattice
 from .coder import Coder, Pieces
 from .store import TokenStore
-from .transform import precise
 
 
 @dataclass(frozen=True)
@@ -174,3 +173,8 @@ class LearnedCompressor(Coder):
             return dispatch.predict(references, idx, free).add_(learned.up(latents.float()))
 
         return store.read_in_pieces(self.lattice, start, stop, own, others)
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """`x` in double precision. MPS has none: there the same token may get another code in rare ties."""
+    return x if x.device.type == "mps" else x.double()

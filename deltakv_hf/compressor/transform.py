@@ -12,6 +12,7 @@ A layer where references do not pay has stride 1: every token is coded by itself
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 
@@ -20,6 +21,7 @@ from ..references import Lattice
 from .codebook import Codebook
 from .coder import Coder, Pieces
 from .store import TokenStore
+from .vectors import TokenVectors, token_vectors
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,23 @@ class Transform:
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
         own = [self.mean, self.weights, self.inverse, self.basis, self.prediction]
+        made = (self.__dict__.get(name) for name in ("reference_vectors", "residual_vectors"))
+        own += [part for vectors in made if vectors is not None for part in vectors.tensors()]
         return own + self.reference_codebook.tensors() + self.residual_codebook.tensors()
+
+    @cached_property
+    def reference_vectors(self) -> TokenVectors:
+        """Of references; made when first read by way of them, and held from then on."""
+        return token_vectors(self.reference_codebook)
+
+    @cached_property
+    def residual_vectors(self) -> TokenVectors:
+        """Of residuals and what predicts them."""
+        return token_vectors(self.residual_codebook, self.reference_codebook, self.prediction)
 
     def analyse(self, tokens: torch.Tensor) -> torch.Tensor:
         """Components of tokens: `[batch, n, width]` float32 -> `[batch, n, components]` float32."""
-        # in double precision: rounded to single, the sum does not depend on the order that a shape brings with it
-        scaled = precise((tokens - self.mean) * self.weights)
-        return (scaled @ self.inverse.to(scaled.dtype)).float()
+        return dispatch.analyse(tokens, self.mean, self.weights, self.inverse)
 
     def decoder(self) -> torch.Tensor:
         """What `project` multiplies by, `[components, width]` float32: made for each read, not held."""
@@ -88,11 +100,6 @@ def project(
         return torch.addmm(mean, flat, decoder).view(shape)
     out = scratch[: flat.shape[0] * shape[-1]].view(-1, shape[-1])
     return torch.addmm(mean, flat, decoder, out=out).view(shape)
-
-
-def precise(x: torch.Tensor) -> torch.Tensor:
-    """`x` in double precision. MPS has none: there the same token may get another code in rare ties."""
-    return x if x.device.type == "mps" else x.double()
 
 
 class TransformCompressor(Coder):

@@ -71,7 +71,8 @@ def read_transform(tensors: dict[str, torch.Tensor], record: dict, layer_idx: in
         raise reader.wrong("a stride of at least 1, residuals only beyond, and references to predict from", stride)
     prediction = reader.take("prediction", torch.float16, (width,)).float()
     books = {part: _read_codebook(reader, part, starts[part], width) for part in starts}
-    used = max(book.end for book in books.values())
+    # a few more than are coded: kernels read rows that begin at whole words
+    used = min(width, -(-max(book.end for book in books.values()) // 16) * 16)
     # of each part apart: one inverse of all would be the same, but not to the last bit
     inverse = spread(_inverse(basis.double()).transpose(1, 2), key_width).T.half()
     basis = spread(basis, key_width)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .. import dispatch
 from ..compressor.codebook import Codebook
+from ..compressor.vectors import token_vectors
 
 HEADS, QUERIES, HEAD_DIM = 8, 4, 128
 # groups of one byte, and components of each
@@ -133,16 +134,14 @@ class _Layer:
         self.visible = torch.arange(num_tokens, device=device)[None] // REFERENCE_STRIDE + 1
         self.query = random(1, HEADS, QUERIES, HEAD_DIM)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        basis = random(place, 2 * self.width) / place**0.5
-        self.keys = basis[:, : self.width].to(dtype), torch.ones(self.width, device=device), random(self.width)
+        vectors = token_vectors(self.book).vectors
+        self.vectors = vectors._replace(table=vectors.table.to(dtype))
+        matrix = random(len(vectors.byte_idx), self.width) / place**0.5
+        self.key_map = dispatch.KeyMap(matrix.to(dtype), torch.ones(self.width, device=device), random(self.width))
         turn = random(1, num_tokens, HEAD_DIM // 2)
         self.angles = turn.cos().to(torch.bfloat16), turn.sin().to(torch.bfloat16)
         self.slots = torch.randperm(num_tokens, generator=generator, device=device)[:SELECTED].sort().values[None].int()
         self.dense = [random(1, HEADS, num_tokens, HEAD_DIM).to(torch.bfloat16) for _ in range(2)]
-
-    def vectors(self) -> tuple[torch.Tensor, ...]:
-        made = self.book.vectors
-        return made.table.to(self.keys[0].dtype), made.byte_idx, made.first_entry, made.vector_size
 
 
 def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str | None):
@@ -166,12 +165,13 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
         return dispatch.vector_quantize(layer.tokens, book.starts, book.tables, book.steps, backend)
 
     yield timing("vector_quantize", f"{n:,} tokens", quantize, size, 2 * 256 * components * n)
-    vectors = layer.vectors()
     for slots, count, what in ((None, n, f"all of {n:,}"), (layer.slots, SELECTED, f"{SELECTED:,} of {n:,}")):
 
         def attend(slots=slots):
-            parts = layer.codes, *vectors, *layer.keys, layer.angles
-            return dispatch.reconstruct_and_attend(layer.query, *parts, slots=slots, backend=backend)
+            parts = layer.codes, layer.vectors, layer.key_map
+            return dispatch.reconstruct_and_attend(
+                layer.query, *parts, angles=layer.angles, slots=slots, backend=backend
+            )
 
         flops = 2 * count * components * (layer.width + HEADS * QUERIES)
         yield timing("reconstruct_and_attend", what, attend, count * num_bytes, flops)

@@ -3,18 +3,24 @@
 Each op here is readable, runs on any device and decides what is right; `triton_ops` repeats its names and signatures.
 """
 
+from .analyse import analyse
 from .attend import Attended, attend, weigh
 from .feed_forward import LINEAR_MAPS, feed_forward
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
-from .reconstruct_and_attend import reconstruct_and_attend
+from .reconstruct_and_attend import KeyMap, References, Vectors, reconstruct_and_attend
 from .score import score
+from .unrotate import unrotate
 from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
 
 __all__ = [
     "LINEAR_MAPS",
     "Attended",
+    "KeyMap",
+    "References",
+    "Vectors",
+    "analyse",
     "attend",
     "dequantize",
     "feed_forward",
@@ -27,6 +33,7 @@ __all__ = [
     "reconstruct_and_attend",
     "score",
     "unpack",
+    "unrotate",
     "vector_dequantize",
     "vector_quantize",
     "weigh",

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .attend import Attended, weigh
 from .score import score
 
 
+class Vectors(NamedTuple):
+    """What bytes stand for; component `c` of a token is `table[first_entry[c] + code[byte_idx[c]] * vector_size[c]]`.
+
+    Components of one vector stand side by side, in the table too. First come vectors of 16 components, then of 8, 4, 2
+    and 1, each at a multiple of its size in the table: a kernel picks a vector at once. Where `vector_size` is 0 there
+    is no byte, and the component is 0.
+
+    Attributes:
+        table: `[entries]` float32 or float16, which is also what products are taken in (sums are float32).
+        byte_idx, first_entry, vector_size: `[components]` int32.
+        counts: components in vectors of 16, 8, 4 and 2, multiples of 8; the others are by themselves.
+    """
+
+    table: torch.Tensor
+    byte_idx: torch.Tensor
+    first_entry: torch.Tensor
+    vector_size: torch.Tensor
+    counts: tuple[int, int, int, int]
+
+
+class References(NamedTuple):
+    """What is added to a token's components: those of its reference, out of the same table but in vectors of any size.
+
+    Attributes:
+        codes: `[batch, num_references, bytes]` uint8.
+        reference_idx: `[batch, num_slots]` int16 holding unsigned 16-bit numbers of the row's references.
+        byte_idx, first_entry, vector_size: `[components]` int32, as in `Vectors`.
+    """
+
+    codes: torch.Tensor
+    reference_idx: torch.Tensor
+    byte_idx: torch.Tensor
+    first_entry: torch.Tensor
+    vector_size: torch.Tensor
+
+
+class KeyMap(NamedTuple):
+    """Keys of a token's components are `components @ matrix * scale + mean`, before they are rotated.
+
+    Attributes:
+        matrix: `[components, heads * head_dim]` in the dtype of the table, numbers of a head in the order of queries.
+        scale, mean: `[heads * head_dim]` float32.
+    """
+
+    matrix: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor
+
+
 def reconstruct_and_attend(
     query: torch.Tensor,
     codes: torch.Tensor,
-    table: torch.Tensor,
-    byte_idx: torch.Tensor,
-    first_entry: torch.Tensor,
-    vector_size: torch.Tensor,
-    key_map: torch.Tensor,
-    key_scale: torch.Tensor,
-    key_mean: torch.Tensor,
+    vectors: Vectors,
+    key_map: KeyMap,
+    references: References | None = None,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
@@ -26,18 +73,13 @@ def reconstruct_and_attend(
 ) -> Attended:
     """What queries see in tokens, each a row of bytes that stand for components.
 
-    Component `c` of a token is `table[first_entry[c] + code[byte_idx[c]] * vector_size[c]]`, its keys are
-    `rotated(components @ key_map * key_scale + key_mean)`. Values are linear in components, which are therefore mixed
-    instead of them.
+    Values are linear in components, which are therefore mixed instead of them.
 
     Args:
         query: `[batch, heads, queries, head_dim]` float32, times the scale; numbers that RoPE turns together stand side
             by side.
         codes: `[batch, num_slots, bytes]` uint8.
-        table: `[entries]` float32 or float16, which is also what products are taken in (sums are float32).
-        byte_idx, first_entry, vector_size: `[components]` int32.
-        key_map: `[components, heads * head_dim]` in the dtype of `table`, numbers of a head in the order of `query`.
-        key_scale, key_mean: `[heads * head_dim]` float32.
+        references: what each token's components are added to; None: nothing.
         angles: cosine and sine `[batch or 1, num_positions, pairs]` of the first `pairs` pairs of each head, floating;
             None: keys are not rotated.
         mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n]` float32, or None.
@@ -48,17 +90,27 @@ def reconstruct_and_attend(
     Returns:
         of what is mixed, `[batch, heads, queries, components]`.
     """
-    batch = len(query)
-    rows = torch.arange(batch, device=codes.device)[:, None]
+    batch, device = len(query), codes.device
+    rows = torch.arange(batch, device=device)[:, None]
     if angles is not None:
         angles = tuple(part.float().expand(batch, -1, -1) for part in angles)
         places = positions if positions is not None else slots
         angles = angles if places is None else tuple(part[rows, places] for part in angles)
-    if slots is not None:
-        codes = codes[rows, slots]
-    components = table.float()[first_entry + codes[..., byte_idx].int() * vector_size]
-    scores = score(query, components, key_mean, key_map.float() * key_scale, angles)
+    picked = slice(None) if slots is None else (rows, slots)
+    components = _read(codes[picked], vectors.table, *vectors[1:4])
+    if references is not None:
+        idx = references.reference_idx[picked].int() & 0xFFFF
+        components += _read(references.codes[rows, idx], vectors.table, *references[2:])
+    scores = score(query, components, key_map.mean, key_map.matrix.float() * key_map.scale, angles)
     if lengths is not None:
-        is_behind = torch.arange(codes.shape[1], device=codes.device) >= lengths[:, None]
+        is_behind = torch.arange(components.shape[1], device=device) >= lengths[:, None]
         scores = scores.masked_fill(is_behind[:, None, None], -torch.inf)
     return weigh(scores, components, mask)
+
+
+def _read(codes, table, byte_idx, first_entry, vector_size) -> torch.Tensor:
+    """Components `[batch, n, components]` float32 of codes `[batch, n, bytes]`."""
+    if codes.shape[-1] == 0:
+        return torch.zeros(*codes.shape[:2], len(byte_idx), device=codes.device)
+    components = table.float()[first_entry + codes[..., byte_idx].int() * vector_size]
+    return components.masked_fill_(vector_size == 0, 0)

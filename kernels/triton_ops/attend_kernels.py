@@ -10,8 +10,38 @@ LOWEST = tl.constexpr(-3.0e38)
 # what the width of loads does not depend on is no reason to compile anew
 ANY = (
     "first num_tokens num_components num_rows num_queries num_heads num_spans first_span count row_blocks "
-    "row_stride slot_stride angle_stride mask_row mask_head mask_query mask_token"
+    "row_stride slot_stride reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2 "
+    "angle_stride mask_row mask_head mask_query mask_token"
 ).split()
+
+
+@triton.jit
+def pick_vectors(
+    codes,  # of the first token of the row
+    offsets,  # [BLOCK_TOKENS], where each token's bytes begin
+    is_token,
+    table,
+    byte_idx,
+    first_entry,
+    vector_size,
+    start,
+    stop,
+    SIZE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COMPONENTS: tl.constexpr,
+):
+    """Components `start .. stop - 1`, at most BLOCK_COMPONENTS, that are vectors of SIZE; zero behind them."""
+    vector = start + SIZE * tl.arange(0, BLOCK_COMPONENTS // SIZE)
+    is_vector = vector < stop
+    size = tl.load(vector_size + vector, mask=is_vector, other=0)
+    byte = tl.load(byte_idx + vector, mask=is_vector, other=0)
+    # what has no byte may have no memory either
+    is_coded = is_token[:, None] & (size > 0)[None, :]
+    code = tl.load(codes + offsets[:, None] + byte[None, :], mask=is_coded, other=0).to(tl.int32)
+    entry = tl.load(first_entry + vector, mask=is_vector, other=0)[None, :] + code * size[None, :]
+    entry = tl.multiple_of(entry, [SIZE, SIZE])[:, :, None] + tl.arange(0, SIZE)[None, None, :]
+    number = tl.load(table + entry, mask=is_coded[:, :, None], other=0.0)
+    return tl.reshape(number, [BLOCK_TOKENS, BLOCK_COMPONENTS])
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -22,6 +52,11 @@ def decode_kernel(
     byte_idx,  # [components] int32
     first_entry,  # [components] int32
     vector_size,  # [components] int32
+    reference_codes,  # [batch, num_references, bytes] uint8
+    reference_idx,  # [batch, num_slots] int16
+    reference_byte_idx,  # [components] int32
+    reference_first_entry,  # [components] int32
+    reference_vector_size,  # [components] int32
     components,  # [batch, room, width]: of tokens `first ..`; zero behind the last token and the last component
     first,
     num_tokens,
@@ -30,28 +65,129 @@ def decode_kernel(
     room,
     row_stride,
     slot_stride,
+    reference_row_stride,
+    reference_stride,
+    idx_row_stride,
+    end_16,  # behind the last component that is in a vector of 16
+    end_8,
+    end_4,
+    end_2,
     HAS_SLOTS: tl.constexpr,
+    HAS_REFERENCES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COMPONENTS: tl.constexpr,
 ):
     row = tl.program_id(2).to(tl.int64)
-    # programs that run at the same time share a part of the table, which L1 holds
     place = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    component = tl.program_id(1) * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
-    is_component = component < num_components
     token = first + place
     is_token = token < num_tokens
     slot = token
     if HAS_SLOTS:
         slot = tl.load(slots + row * num_tokens + token, mask=is_token, other=0)
-    is_held = is_token[:, None] & is_component[None, :]
-    byte = tl.load(byte_idx + component, mask=is_component, other=0)
-    code = tl.load(codes + row * row_stride + (slot * slot_stride)[:, None] + byte[None, :], mask=is_held, other=0)
-    # components of a vector lie side by side in the table too
-    entry = tl.load(first_entry + component, mask=is_component, other=0)[None, :]
-    entry = entry + code.to(tl.int32) * tl.load(vector_size + component, mask=is_component, other=0)[None, :]
-    number = tl.load(table + entry, mask=is_held, other=0.0)
-    tl.store(components + (row * room + place)[:, None] * width + component[None, :], number)
+    codes += row * row_stride
+    offsets = slot * slot_stride
+    # programs that run at the same time share a part of the table, which L1 holds; one program has vectors of one size
+    block = tl.program_id(1)
+    before_8 = tl.cdiv(end_16, BLOCK_COMPONENTS)
+    before_4 = before_8 + tl.cdiv(end_8 - end_16, BLOCK_COMPONENTS)
+    before_2 = before_4 + tl.cdiv(end_4 - end_8, BLOCK_COMPONENTS)
+    before_1 = before_2 + tl.cdiv(end_2 - end_4, BLOCK_COMPONENTS)
+    if block < before_8:
+        start, stop = block * BLOCK_COMPONENTS, end_16
+        number = pick_vectors(
+            codes,
+            offsets,
+            is_token,
+            table,
+            byte_idx,
+            first_entry,
+            vector_size,
+            start,
+            stop,
+            16,
+            BLOCK_TOKENS,
+            BLOCK_COMPONENTS,
+        )
+    elif block < before_4:
+        start, stop = end_16 + (block - before_8) * BLOCK_COMPONENTS, end_8
+        number = pick_vectors(
+            codes,
+            offsets,
+            is_token,
+            table,
+            byte_idx,
+            first_entry,
+            vector_size,
+            start,
+            stop,
+            8,
+            BLOCK_TOKENS,
+            BLOCK_COMPONENTS,
+        )
+    elif block < before_2:
+        start, stop = end_8 + (block - before_4) * BLOCK_COMPONENTS, end_4
+        number = pick_vectors(
+            codes,
+            offsets,
+            is_token,
+            table,
+            byte_idx,
+            first_entry,
+            vector_size,
+            start,
+            stop,
+            4,
+            BLOCK_TOKENS,
+            BLOCK_COMPONENTS,
+        )
+    elif block < before_1:
+        start, stop = end_4 + (block - before_2) * BLOCK_COMPONENTS, end_2
+        number = pick_vectors(
+            codes,
+            offsets,
+            is_token,
+            table,
+            byte_idx,
+            first_entry,
+            vector_size,
+            start,
+            stop,
+            2,
+            BLOCK_TOKENS,
+            BLOCK_COMPONENTS,
+        )
+    else:
+        # those by themselves, and behind them zeros up to the width
+        start, stop = end_2 + (block - before_1) * BLOCK_COMPONENTS, width
+        number = pick_vectors(
+            codes,
+            offsets,
+            is_token,
+            table,
+            byte_idx,
+            first_entry,
+            vector_size,
+            start,
+            num_components,
+            1,
+            BLOCK_TOKENS,
+            BLOCK_COMPONENTS,
+        )
+    # multiples of 8 all along, which the compiler cannot know: for whole words
+    component, stop = start // 8 * 8 + tl.arange(0, BLOCK_COMPONENTS), stop // 8 * 8
+    if HAS_REFERENCES:
+        reference = tl.load(reference_idx + row * idx_row_stride + slot, mask=is_token, other=0).to(tl.int32) & 0xFFFF
+        is_component = (component < stop) & (component < num_components)
+        size = tl.load(reference_vector_size + component, mask=is_component, other=0)
+        byte = tl.load(reference_byte_idx + component, mask=is_component, other=0)
+        is_coded = is_token[:, None] & (size > 0)[None, :]
+        code = reference_codes + row * reference_row_stride + (reference * reference_stride)[:, None] + byte[None, :]
+        code = tl.load(code, mask=is_coded, other=0).to(tl.int32)
+        entry = tl.load(reference_first_entry + component, mask=is_component, other=0)[None, :] + code * size[None, :]
+        predicted = tl.load(table + entry, mask=is_coded, other=0.0)
+        number = (number.to(tl.float32) + predicted.to(tl.float32)).to(number.dtype)
+    place = components + (row * room + place)[:, None] * width + component[None, :]
+    tl.store(place, number, mask=(component < stop)[None, :])
 
 
 @triton.jit(do_not_specialize=ANY)

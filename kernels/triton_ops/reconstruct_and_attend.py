@@ -4,10 +4,13 @@ Heads share components, so a chunk of tokens is decoded once for all of them. Ke
 multiplied by queries in registers. Softmax is put together from spans of tokens, each relative to its own maximum.
 """
 
+from itertools import accumulate
+
 import torch
 import triton
 
 from ..reference.attend import Attended
+from ..reference.reconstruct_and_attend import KeyMap, References, Vectors
 from .attend_kernels import decode_kernel, merge_kernel, mix_kernel, score_kernel
 from .capability import capability
 
@@ -18,7 +21,7 @@ MOST_SPANS, SPAN = 64, 512
 # tokens and components of a chunk are multiples of it, and it is one of the tiles'
 WHOLE = 128
 DECODE_TILE = {"BLOCK_TOKENS": 16, "BLOCK_COMPONENTS": 64, "num_warps": 2}
-MIX_TILE = {"BLOCK_TOKENS": 64, "BLOCK_COMPONENTS": 64}
+MIX_TILE = {"BLOCK_TOKENS": 64, "BLOCK_COMPONENTS": 128, "num_warps": 8}
 # queries of a head that are multiplied at once; tensor cores take no fewer than 16
 FEWEST_ROWS, MOST_QUERIES = 16, 32
 
@@ -32,6 +35,9 @@ def score_tile(half: int, dtype: torch.dtype, capability: int) -> dict[str, int]
     """
     if dtype == torch.float32 or capability < 80:
         tokens, columns, components, warps, stages = 32, 128, 32, 4, 2
+    elif capability == 90 and half <= 64:
+        # two programs a processor: one multiplies while the other rotates
+        tokens, columns, components, warps, stages = 128, 128, 64, 4, 3
     elif capability in (80, 90, 100):
         tokens, columns, components, warps, stages = 128, 256, 64, 8, 3
     else:
@@ -40,16 +46,17 @@ def score_tile(half: int, dtype: torch.dtype, capability: int) -> dict[str, int]
     return tile | {"num_warps": warps, "num_stages": stages}
 
 
+def mix_stages(dtype: torch.dtype) -> int:
+    """How many tiles of components `mix` loads ahead: what the smallest cards have room for."""
+    return 2 if dtype == torch.float32 else 3
+
+
 def reconstruct_and_attend(
     query: torch.Tensor,
     codes: torch.Tensor,
-    table: torch.Tensor,
-    byte_idx: torch.Tensor,
-    first_entry: torch.Tensor,
-    vector_size: torch.Tensor,
-    key_map: torch.Tensor,
-    key_scale: torch.Tensor,
-    key_mean: torch.Tensor,
+    vectors: Vectors,
+    key_map: KeyMap,
+    references: References | None = None,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
@@ -59,10 +66,11 @@ def reconstruct_and_attend(
     """See `reference.reconstruct_and_attend`."""
     batch, heads, num_queries, head_dim = query.shape
     num_tokens = codes.shape[1] if slots is None else slots.shape[1]
-    num_components, rows, dtype, device = len(byte_idx), heads * num_queries, table.dtype, table.device
-    width = triton.cdiv(num_components, WHOLE) * WHOLE
+    table, *indices = vectors[:4]
+    num_components, rows, dtype, device = len(indices[0]), heads * num_queries, table.dtype, table.device
+    width = max(1, triton.cdiv(num_components, WHOLE)) * WHOLE
     positions = slots if positions is None else positions
-    query, key_map, pairs, angle_stride = query.to(dtype).contiguous(), _rows_side_by_side(key_map), 0, 0
+    query, matrix, pairs, angle_stride = query.to(dtype).contiguous(), _rows_side_by_side(key_map.matrix), 0, 0
     # nothing is read of what is missing
     cos = sin = query
     if angles is not None:
@@ -81,6 +89,17 @@ def reconstruct_and_attend(
     chunks = [(first, min(room, num_tokens - first)) for first in range(0, num_tokens, room)]
     num_spans = sum(triton.cdiv(count, span) for _, count in chunks)
 
+    # vectors of one size in blocks of their own; the last are by themselves, and fill the width up with zeros
+    ends = list(accumulate(vectors.counts))
+    decode_blocks = sum(
+        triton.cdiv(stop - start, DECODE_TILE["BLOCK_COMPONENTS"])
+        for start, stop in zip([0, *ends], [*ends, width], strict=True)
+    )
+    reference_parts, reference_strides = [None] * 5, [0] * 3
+    if references is not None:
+        reference_parts = references
+        reference_strides = *references.codes.stride()[:2], references.reference_idx.stride(0)
+
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
@@ -89,15 +108,16 @@ def reconstruct_and_attend(
     spans = 0
     for first, count in chunks:
         sizes, tokens = (first, num_tokens, num_components, width, room), triton.cdiv(count, WHOLE) * WHOLE
-        decode_kernel[(tokens // DECODE_TILE["BLOCK_TOKENS"], width // DECODE_TILE["BLOCK_COMPONENTS"], batch)](
-            *(codes, slots, table, byte_idx, first_entry, vector_size, components),
-            *(*sizes, *codes.stride()[:2]),
+        decode_kernel[(tokens // DECODE_TILE["BLOCK_TOKENS"], decode_blocks, batch)](
+            *(codes, slots, table, *indices, *reference_parts, components),
+            *(*sizes, *codes.stride()[:2], *reference_strides, *ends),
             HAS_SLOTS=slots is not None,
+            HAS_REFERENCES=references is not None,
             **DECODE_TILE,
         )
         score_kernel[(triton.cdiv(heads, tile["HEADS"]), tokens // tile["BLOCK_TOKENS"], batch)](
-            *(query, components, key_map, key_scale, key_mean, cos, sin, positions, mask, lengths, scores),
-            *(*sizes, heads, num_queries, head_dim // 2, pairs, key_map.stride(0), angle_stride, *strides),
+            *(query, components, matrix, *key_map[1:], cos, sin, positions, mask, lengths, scores),
+            *(*sizes, heads, num_queries, head_dim // 2, pairs, matrix.stride(0), angle_stride, *strides),
             HAS_MASK=mask is not None,
             HAS_POSITIONS=positions is not None,
             HAS_LENGTHS=lengths is not None,
@@ -108,6 +128,7 @@ def reconstruct_and_attend(
             *(scores, components, maxima, totals, mixed),
             *(spans, span, count, num_components, width, rows, room, row_blocks),
             ROWS=row_block,
+            num_stages=mix_stages(dtype),
             **MIX_TILE,
         )
         spans += triton.cdiv(count, span)
