@@ -14,6 +14,7 @@ from .kernels import reference
 from .kernels.reference import (
     LINEAR_MAPS,
     Attended,
+    Groups,
     KeyMap,
     References,
     Vectors,
@@ -21,6 +22,7 @@ from .kernels.reference import (
     dequantize,
     feed_forward,
     grid_limit,
+    group_runs,
     predict,
     quantize,
     reconstruct,
@@ -32,6 +34,7 @@ from .kernels.reference import (
 __all__ = [
     "LINEAR_MAPS",
     "Attended",
+    "Groups",
     "KeyMap",
     "References",
     "Vectors",
@@ -40,6 +43,7 @@ __all__ = [
     "dequantize",
     "feed_forward",
     "grid_limit",
+    "group_runs",
     "nearest_references",
     "predict",
     "quantize",
@@ -85,10 +89,11 @@ def vector_quantize(
     starts: list[int],
     tables: list[torch.Tensor],
     steps: list[torch.Tensor],
+    groups: Groups | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """See `kernels/reference/vector_quantize.py`; every backend gives the same bytes."""
-    return _op("vector_quantize", backend, x.device)(x, starts, tables, steps)
+    return _op("vector_quantize", backend, x.device)(x, starts, tables, steps, groups)
 
 
 def reconstruct_and_attend(

@@ -23,9 +23,8 @@ def integers(names: str, whole: str = "") -> dict[str, str]:
 
 NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32"}
 NEAREST |= integers("num_tokens num_references", "width")
-ASSIGN = {"codes": "*u8", "limit": "fp32"} | integers(
-    "num_tokens num_components num_bytes first_component first_byte size"
-)
+ASSIGN = {"table": "*i16", "codes": "*u8"} | dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
+ASSIGN |= integers("num_tokens num_components num_bytes first_group")
 SPLIT = {"parts": "*fp16"} | integers("", "width room")
 MULTIPLY = {"parts": "*fp16", "inverse": "*fp16"}
 MULTIPLY |= integers("num_tokens", "num_components width room")
@@ -60,9 +59,9 @@ def kernels(capability: int):
         constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
         tile = nearest_references.tile(capability)
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
-    for table, is_long in (("*i8", False), ("*i8", True), ("*i16", False)):
-        constants = {"IS_LONG": is_long, "IN_BITS": table == "*i8", "TOKENS": vector_quantize.TOKENS}
-        yield vector_quantize.assign_kernel, ASSIGN | {"table": table}, constants | vector_quantize.TILE, {}
+    for is_long, in_bits in ((False, False), (True, False), (False, True), (True, True)):
+        constants = {"IS_LONG": is_long, "IN_BITS": in_bits, "TOKENS": vector_quantize.TOKENS}
+        yield vector_quantize.assign_kernel, ASSIGN, constants | vector_quantize.TILE, {}
     for has_references in (True, False):
         constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
         yield attend_kernels.decode_kernel, DECODE, constants | ra.DECODE_TILE, {}

@@ -50,6 +50,11 @@ class Codebook:
             scale[start : start + size * len(step)] = step.repeat_interleave(size)
         return scale
 
+    @cached_property
+    def groups(self) -> dispatch.Groups:
+        """As a kernel reads them: made when first encoded by one, and held from then on."""
+        return dispatch.group_runs(self.starts, self.tables, self.steps)
+
     def to(self, device: torch.device) -> Codebook:
         """The same on `device`."""
         parts = ([part.to(device) for part in held] for held in (self.tables, self.steps))
@@ -57,7 +62,8 @@ class Codebook:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, num_components]` float32 -> `[batch, tokens, num_bytes]` uint8."""
-        return dispatch.vector_quantize(x, self.starts, self.tables, self.steps)
+        groups = self.groups if dispatch.has_kernels(x.device) else None
+        return dispatch.vector_quantize(x, self.starts, self.tables, self.steps, groups)
 
     def decode(self, codes: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """`[batch, ..., num_bytes]` uint8 -> `[batch, ..., num_components]` float32."""
@@ -65,4 +71,5 @@ class Codebook:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
-        return [*self.tables, *self.steps, self.scale]
+        made = self.__dict__.get("groups", ())
+        return [*self.tables, *self.steps, self.scale, *made[:7]]

@@ -162,7 +162,7 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
     book = layer.book
 
     def quantize():
-        return dispatch.vector_quantize(layer.tokens, book.starts, book.tables, book.steps, backend)
+        return dispatch.vector_quantize(layer.tokens, book.starts, book.tables, book.steps, book.groups, backend)
 
     yield timing("vector_quantize", f"{n:,} tokens", quantize, size, 2 * 256 * components * n)
     for slots, count, what in ((None, n, f"all of {n:,}"), (layer.slots, SELECTED, f"{SELECTED:,} of {n:,}")):

@@ -12,11 +12,12 @@ from .reconstruct import predict, reconstruct
 from .reconstruct_and_attend import KeyMap, References, Vectors, reconstruct_and_attend
 from .score import score
 from .unrotate import unrotate
-from .vector_quantize import grid_limit, vector_dequantize, vector_quantize
+from .vector_quantize import Groups, grid_limit, group_runs, vector_dequantize, vector_quantize
 
 __all__ = [
     "LINEAR_MAPS",
     "Attended",
+    "Groups",
     "KeyMap",
     "References",
     "Vectors",
@@ -25,6 +26,7 @@ __all__ = [
     "dequantize",
     "feed_forward",
     "grid_limit",
+    "group_runs",
     "nearest_references",
     "pack",
     "predict",

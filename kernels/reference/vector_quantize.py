@@ -7,11 +7,15 @@ device, for any tiling. Among equally near vectors the first wins.
 """
 
 import math
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 # tokens searched at once, on a GPU more; a distance is kept for each of 256 vectors of every group
 TOKEN_TILE = {"cpu": 512, "cuda": 4096}
+# numbers that a kernel multiplies at once
+SHORT = 12
 
 
 def grid_limit(size: int) -> int:
@@ -20,8 +24,56 @@ def grid_limit(size: int) -> int:
     return 127 if size > 3 else min(2047, math.isqrt(2**24 // (3 * size)) - 1)
 
 
+class Groups(NamedTuple):
+    """Groups of all runs, for a kernel that takes those of one class at once.
+
+    Attributes:
+        table: `[entries]` int16, vectors of one group after the other.
+        first_component, first_entry, size, byte_idx: `[groups]` int32.
+        step, limit: `[groups]` float32, the grid's.
+        classes: first group, number of groups, whether vectors have more than `SHORT` numbers, and whether a distance
+            and the number of a vector fit into 31 bits.
+    """
+
+    table: torch.Tensor
+    first_component: torch.Tensor
+    first_entry: torch.Tensor
+    size: torch.Tensor
+    byte_idx: torch.Tensor
+    step: torch.Tensor
+    limit: torch.Tensor
+    classes: list[tuple[int, int, bool, bool]]
+
+
+def group_runs(starts: list[int], tables: list[torch.Tensor], steps: list[torch.Tensor]) -> Groups:
+    """The groups of runs, as given to `vector_quantize`."""
+    rows, entry, byte = [], 0, 0
+    for start, table in zip(starts, tables, strict=True):
+        groups, _, size = table.shape
+        limit = grid_limit(size)
+        kind = size > SHORT, 3 * size * limit**2 < 2**22
+        for group in range(groups):
+            rows.append((*kind, start + group * size, entry + group * 256 * size, size, byte + group, limit))
+        entry, byte = entry + table.numel(), byte + groups
+    rows.sort()
+    classes, place = [], 0
+    for kind, members in groupby(rows, lambda row: row[:2]):
+        classes.append((place, len(list(members)), *kind))
+        place += classes[-1][1]
+    device = steps[0].device if steps else None
+    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 7)[:, 2:].T.contiguous().to(device)
+    byte_idx, limits = columns[3:]
+    step = torch.cat(steps)[byte_idx.long()] if steps else limits.float()
+    table = torch.cat([part.flatten().short() for part in tables]) if tables else limits.short()
+    return Groups(table, *columns[:4], step, limits.float(), classes)
+
+
 def vector_quantize(
-    x: torch.Tensor, starts: list[int], tables: list[torch.Tensor], steps: list[torch.Tensor]
+    x: torch.Tensor,
+    starts: list[int],
+    tables: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """Finds the nearest vector of each group.
 
@@ -30,6 +82,7 @@ def vector_quantize(
         starts: first component of each run.
         tables: of each run, `[groups, 256, size]` integers up to `grid_limit(size)`.
         steps: of each run, `[groups]` float32, the width of the grid.
+        groups: what `group_runs` makes of them, if it was made before; a kernel reads it.
 
     Returns:
         `[batch, tokens, bytes]` uint8, one byte a group, runs one after the other.
