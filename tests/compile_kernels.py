@@ -21,8 +21,8 @@ def integers(names: str, whole: str = "") -> dict[str, str]:
     return dict.fromkeys(names.split(), I32) | dict.fromkeys(whole.split(), WHOLE)
 
 
-NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32"}
-NEAREST |= integers("num_tokens num_references", "width")
+NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32", "known_found": "*i32"}
+NEAREST |= integers("num_tokens num_references part_size", "width")
 ASSIGN = {"table": "*i16", "codes": "*u8"} | dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
 ASSIGN |= integers("num_tokens num_components num_bytes first_group")
 SPLIT = {"parts": "*fp16"} | integers("", "width room")

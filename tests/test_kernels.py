@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -42,12 +43,26 @@ def searches(draw):
     return tokens, references, visible.expand(batch, -1), draw(st.sampled_from([1, 2, 4]))
 
 
-@given(searches())
+@contextmanager
+def setting(module: str, **values):
+    """Constants of a kernel's module for a while."""
+    module = import_module(f"deltakv_hf.kernels.triton_ops.{module}")
+    kept = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(kept)
+
+
+@given(searches(), st.sampled_from([1, 256]))
 @settings(max_examples=40)
-def test_nearest_references_are_those_of_the_reference(search):
+def test_nearest_references_are_those_of_the_reference(search, least_part):
+    """Searched whole and in parts."""
     *tensors, top_k = search
     expected = dispatch.nearest_references(*tensors, top_k, backend="reference")
-    found = dispatch.nearest_references(*(part.to(DEVICE) for part in tensors), top_k, backend="triton")
+    with setting("nearest_references", LEAST_PART=least_part):
+        found = dispatch.nearest_references(*(part.to(DEVICE) for part in tensors), top_k, backend="triton")
     assert found.dtype == expected.dtype and torch.equal(found.cpu(), expected)
 
 
@@ -234,12 +249,8 @@ def _read(arguments, options, backend, device, dtype=torch.float32):
 def test_what_is_read_from_codes_is_that_of_the_reference(dtype, reading, chunk_bytes):
     """But for the order of sums; in float16 for the rounding of queries, keys and weights. Chunks of any size."""
     expected = _read(*reading, "reference", "cpu")
-    module = import_module("deltakv_hf.kernels.triton_ops.reconstruct_and_attend")
-    whole, module.CHUNK_BYTES = module.CHUNK_BYTES, chunk_bytes
-    try:
+    with setting("reconstruct_and_attend", CHUNK_BYTES=chunk_bytes):
         found = _read(*reading, "triton", DEVICE, dtype)
-    finally:
-        module.CHUNK_BYTES = whole
     for x, y in zip(found, expected, strict=True):
         least = 1e-5 if dtype == torch.float32 else 2e-2
         finite = y[y.isfinite()]

@@ -14,9 +14,11 @@ from .capability import capability
 
 # numbers of a row that are read at once
 BLOCK_WIDTH = 128
+# as many as keep a GPU busy, and the fewest references of one
+PROGRAMS, LEAST_PART = 256, 256
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_references"])
+@triton.jit(do_not_specialize=["num_tokens", "num_references", "part_size"])
 def nearest_kernel(
     codes,  # [batch, num_tokens, width] int8, whole tiles of numbers in a row
     scales,  # [batch, num_tokens] float32
@@ -24,10 +26,13 @@ def nearest_kernel(
     reference_scales,  # [batch, num_references] float32, twice the scale
     squares,  # [batch, num_references] float32
     num_visible,  # [batch, num_tokens] int32
-    distances,  # [batch, num_tokens] float32: of the reference found before; of the next one after
-    found,  # [batch, num_tokens] int32, its number
+    known_distances,  # [batch, num_tokens] float32: of the reference found before
+    known_found,  # [batch, num_tokens] int32, its number
+    distances,  # [parts, batch, num_tokens] float32: of the next one in each part of the references
+    found,  # [parts, batch, num_tokens] int32, its number
     num_tokens,
     num_references,
+    part_size,
     width,
     IS_FIRST: tl.constexpr,
     IN_BYTES: tl.constexpr,
@@ -35,19 +40,20 @@ def nearest_kernel(
     BLOCK_REFERENCES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
+    row, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     is_token = tokens < num_tokens
     place = row * num_tokens + tokens
     scale = tl.load(scales + place, mask=is_token, other=0.0)
     visible = tl.load(num_visible + place, mask=is_token, other=0)
     if not IS_FIRST:
-        known_distance = tl.load(distances + place, mask=is_token, other=float("inf"))
-        known = tl.load(found + place, mask=is_token, other=0)
+        known_distance = tl.load(known_distances + place, mask=is_token, other=float("inf"))
+        known = tl.load(known_found + place, mask=is_token, other=0)
     best = tl.full([BLOCK_TOKENS], float("inf"), tl.float32)
     best_idx = tl.zeros([BLOCK_TOKENS], tl.int32)
     # no token of the tile may use references beyond
-    for first in range(0, tl.minimum(num_references, tl.max(visible, 0)), BLOCK_REFERENCES):
+    last = tl.minimum(tl.minimum(num_references, tl.max(visible, 0)), (part + 1) * part_size)
+    for first in range(part * part_size, last, BLOCK_REFERENCES):
         idx = first + tl.arange(0, BLOCK_REFERENCES)
         is_reference = idx < num_references
         dot = tl.zeros([BLOCK_TOKENS, BLOCK_REFERENCES], tl.int32 if IN_BYTES else tl.float32)
@@ -81,6 +87,7 @@ def nearest_kernel(
         is_better = tile_best < best
         best_idx = tl.where(is_better, tile_idx, best_idx)
         best = tl.where(is_better, tile_best, best)
+    place += part * tl.num_programs(2) * num_tokens
     tl.store(distances + place, best, mask=is_token)
     tl.store(found + place, best_idx, mask=is_token)
 
@@ -109,15 +116,26 @@ def nearest_references(
     )
     card = capability(tokens.device)
     options = {"IN_BYTES": card >= 80} | tile(card)
-    grid = (triton.cdiv(num_tokens, options["BLOCK_TOKENS"]), batch)
+    blocks = triton.cdiv(num_tokens, options["BLOCK_TOKENS"])
+    # few tokens: several programs share the references of each
+    part_size = triton.cdiv(num_references, max(1, PROGRAMS // (blocks * batch)))
+    part_size = max(LEAST_PART, triton.cdiv(part_size, options["BLOCK_REFERENCES"]) * options["BLOCK_REFERENCES"])
+    parts = triton.cdiv(num_references, part_size)
+    part_distances = distances.new_empty(parts, batch, num_tokens)
+    part_found = found.new_empty(parts, batch, num_tokens)
     for k in range(top_k):
-        if k:
-            distances[k], found[k] = distances[k - 1], found[k - 1]
-        sizes = num_tokens, num_references, arguments[0].shape[-1]
+        sizes = num_tokens, num_references, part_size, arguments[0].shape[-1]
+        known = distances[max(k - 1, 0)], found[max(k - 1, 0)]
         # a fused multiply-add would round distances differently from the reference
-        nearest_kernel[grid](
-            *arguments, distances[k], found[k], *sizes, IS_FIRST=k == 0, **options, enable_fp_fusion=False
+        nearest_kernel[(blocks, parts, batch)](
+            *(*arguments, *known, part_distances, part_found, *sizes),
+            IS_FIRST=k == 0,
+            **options,
+            enable_fp_fusion=False,
         )
+        torch.amin(part_distances, 0, out=distances[k])
+        # the first of equals
+        torch.amin(torch.where(part_distances == distances[k], part_found, num_references), 0, out=found[k])
     # fewer visible than wanted: repeat the nearest
     return torch.where(distances.isfinite(), found, found[0]).permute(1, 2, 0).long()
 
