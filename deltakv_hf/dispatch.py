@@ -18,6 +18,7 @@ from .kernels.reference import (
     dequantize,
     feed_forward,
     grid_limit,
+    int4_encode,
     predict,
     quantize,
     reconstruct,
@@ -33,6 +34,8 @@ __all__ = [
     "dequantize",
     "feed_forward",
     "grid_limit",
+    "int4_decode",
+    "int4_encode",
     "nearest_references",
     "predict",
     "quantize",
@@ -93,6 +96,22 @@ def reconstruct_and_attend(
     vectors, keys = (table, byte_idx, first_entry, vector_size), (key_map, key_scale, key_mean)
     op = _op("reconstruct_and_attend", backend, query.device)
     return op(query, codes, *vectors, *keys, angles, mask, slots, positions, lengths)
+
+
+def int4_decode(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_levels: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_levels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> Attended:
+    """See `kernels/reference/int4_decode.py`; backends differ in the order of sums, in 16 bits in rounding."""
+    op = _op("int4_decode", backend, query.device)
+    return op(query, key_codes, key_levels, value_codes, value_levels, mask, block_table, lengths)
 
 
 def has_kernels(device: torch.device) -> bool:
