@@ -32,20 +32,21 @@ MERGE_COMPONENTS = 64
 ANY = "num_tokens span num_heads num_queries mask_row mask_head mask_query mask_token".split()
 
 
-def tile(dtype: torch.dtype, capability: int) -> dict[str, int]:
+def tile(width: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     """Tokens of a tile, warps, how many tiles are loaded ahead, and programs for each processor.
 
     Args:
+        width: numbers of a head.
         capability: of the card: 75 for a T4, 90 for an H100.
     """
-    if dtype == torch.float32 or capability < 80:
+    if dtype == torch.float32 or capability < 80 or width > 128:
         return {"BLOCK_TOKENS": 64, "num_warps": 4, "num_stages": 1, "programs": 2}
     return {"BLOCK_TOKENS": 128, "num_warps": 4, "num_stages": 3, "programs": 2}
 
 
 def shapes(head_dim: int, value_dim: int, num_queries: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     """All constants of the kernel but what there is to read; and `programs`, see `tile`."""
-    options = tile(dtype, capability)
+    options = tile(max(head_dim, value_dim), dtype, capability)
     blocks = options["BLOCK_TOKENS"] // GROUP.value
     queries = min(MOST_QUERIES, max(FEWEST_COLUMNS // blocks, triton.next_power_of_2(num_queries)))
     words = {"KEY_WORDS": head_dim // 8, "VALUE_WORDS": value_dim // 8}
