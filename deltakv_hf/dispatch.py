@@ -23,6 +23,7 @@ from .kernels.reference import (
     feed_forward,
     grid_limit,
     group_runs,
+    int4_encode,
     predict,
     quantize,
     reconstruct,
@@ -44,6 +45,8 @@ __all__ = [
     "feed_forward",
     "grid_limit",
     "group_runs",
+    "int4_decode",
+    "int4_encode",
     "nearest_references",
     "predict",
     "quantize",
@@ -123,6 +126,22 @@ def unrotate(
 ) -> torch.Tensor:
     """See `kernels/reference/unrotate.py`; every backend gives the same numbers."""
     return _op("unrotate", backend, key_states.device)(key_states, value_states, angles, interleaved)
+
+
+def int4_decode(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_levels: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_levels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> Attended:
+    """See `kernels/reference/int4_decode.py`; backends differ in the order of sums, in 16 bits in rounding."""
+    op = _op("int4_decode", backend, query.device)
+    return op(query, key_codes, key_levels, value_codes, value_levels, mask, block_table, lengths)
 
 
 def has_kernels(device: torch.device) -> bool:

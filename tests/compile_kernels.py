@@ -7,7 +7,14 @@ import json
 
 import torch
 import triton
-from deltakv_hf.kernels.triton_ops import analyse, attend_kernels, nearest_references, unrotate, vector_quantize
+from deltakv_hf.kernels.triton_ops import (
+    analyse,
+    attend_kernels,
+    int4_decode,
+    nearest_references,
+    unrotate,
+    vector_quantize,
+)
 from deltakv_hf.kernels.triton_ops import reconstruct_and_attend as ra
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -46,6 +53,9 @@ SCORE = HALVES | INDICES | integers("first num_tokens num_components num_heads n
 SCORE |= integers("mask_row mask_head mask_query mask_token", "width room half pairs map_stride")
 MIX = HALVES | integers("first_span count num_components num_rows row_blocks", "span width room")
 MERGE = integers("num_spans num_components")
+INT4 = dict.fromkeys(("key_codes", "key_levels", "value_codes", "value_levels", "block_table", "lengths"), "*i32")
+INT4 |= integers("num_tokens span num_heads num_queries mask_row mask_head mask_query mask_token")
+INT4 |= {name: WHOLE for name in int4_decode.int4_kernel.arg_names if name.endswith(("_row", "_head"))} | INT4
 
 
 def kernels(capability: int):
@@ -79,6 +89,12 @@ def kernels(capability: int):
         for dtype, types in ((torch.float16, MIX), (torch.float32, {n: t for n, t in MIX.items() if t != "*fp16"})):
             constants = {"ROWS": rows, "num_stages": ra.mix_stages(dtype)} | ra.MIX_TILE
             yield attend_kernels.mix_kernel, types, constants, {}
+    for head_dim, queries in ((128, 4), (96, 8), (256, 8)):
+        for dtype, query in ((torch.float16, "*fp16"), (torch.float32, "*fp32")):
+            constants = {"HAS_MASK": True, "HAS_TABLE": head_dim == 128, "HAS_LENGTHS": True}
+            constants |= int4_decode.shapes(head_dim, head_dim, queries, dtype, capability)
+            constants.pop("programs")
+            yield int4_decode.int4_kernel, INT4 | {"query": query}, constants, {}
     yield attend_kernels.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
 
 

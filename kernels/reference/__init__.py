@@ -6,6 +6,7 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 from .analyse import analyse
 from .attend import Attended, attend, weigh
 from .feed_forward import LINEAR_MAPS, feed_forward
+from .int4_decode import int4_decode, int4_encode
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
@@ -27,6 +28,8 @@ __all__ = [
     "feed_forward",
     "grid_limit",
     "group_runs",
+    "int4_decode",
+    "int4_encode",
     "nearest_references",
     "pack",
     "predict",

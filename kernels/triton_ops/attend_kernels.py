@@ -7,6 +7,8 @@ import triton.language as tl
 LARGEST_WEIGHT = tl.constexpr(2048.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
+# what the specification calls the largest score of a query that may see nothing
+LEAST = tl.constexpr(-3.4028234663852886e38)
 # what the width of loads does not depend on is no reason to compile anew
 ANY = (
     "first num_tokens num_components num_rows num_queries num_heads num_spans first_span count row_blocks "
@@ -362,5 +364,5 @@ def merge_kernel(
     sums = tl.sum(sums * share[:, None], 0)
     tl.store(result + row * num_components + component, sums, mask=component < num_components)
     if tl.program_id(1) == 0:
-        tl.store(maximum + row, most / LOG2E)
+        tl.store(maximum + row, tl.where(most > LOWEST, most / LOG2E, LEAST))
         tl.store(total + row, tl.sum(tl.load(totals + held, mask=is_span, other=0.0) * share, 0))
