@@ -8,6 +8,7 @@ from functools import cache
 from importlib import import_module
 
 import torch
+import torch.nn.functional as F
 
 from .errors import InvalidOptionError
 from .kernels import reference
@@ -41,6 +42,7 @@ __all__ = [
     "Vectors",
     "analyse",
     "attend",
+    "attend_many",
     "dequantize",
     "feed_forward",
     "grid_limit",
@@ -74,6 +76,28 @@ def analyse(
 ) -> torch.Tensor:
     """See `kernels/reference/analyse.py`; backends differ in the order of sums, by a millionth of a token."""
     return _op("analyse", backend, tokens.device)(tokens, mean, weights, inverse)
+
+
+def attend_many(
+    query: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> Attended:
+    """See `kernels/reference/attend.py`; on CUDA by the kernel of torch that never holds the scores."""
+    if query.device.type != "cuda":
+        return reference.attend_many(query, key_states, value_states, mask, scale)
+    if mask is not None:
+        # the kernel wants rows at whole words, and numbers: a query may see nothing here
+        mask = mask.clamp(min=torch.finfo(query.dtype).min / 2).to(query.dtype)
+        mask = F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
+        mask = mask.expand(*query.shape[:3], -1)
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key_states, value_states, mask, True, scale=scale
+    )
+    sums = sums[..., : query.shape[2], None]
+    return Attended(sums, torch.ones_like(sums), out.float())
 
 
 def nearest_references(

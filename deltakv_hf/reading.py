@@ -22,8 +22,10 @@ from .rope import RopeForm, RopeTables
 from .state import LayerState, gather
 
 HALVES = (torch.float16, torch.bfloat16)
+# a layer whose keys and values would be larger is attended to in parts
+DENSE_BYTES = 2**28
 # working memory of a read; a tile of tokens is what fits (a GPU pays for launches, a CPU for leaving its cache)
-SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**27}
+SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,27 @@ class StateReader:
 
     def _decode_store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Decodes all packed tokens into `keys`, `values` `[batch, heads, n, head_dim]`, keys rotated."""
-        heads, key_width = keys.shape[1], keys.shape[1] * keys.shape[3]
-        compressor, store = self.compressor, self.state.store
-        references = compressor.references(store) if self.layout.compressed else None
-        for start, stop, angles, scratch in self._tiles():
-            # [batch, n, heads, head_dim], as tokens are coded
-            place_keys, place_values = (states[:, :, start:stop].transpose(1, 2) for states in (keys, values))
-            for tokens, pick in compressor.decode(store, references, start, stop, scratch):
-                x_keys, x_values = tokens.split([key_width, tokens.shape[-1] - key_width], dim=-1)
-                x_keys, x_values = x_keys.unflatten(-1, (heads, -1)), x_values.unflatten(-1, (heads, -1))
-                out_keys = pick(place_keys)
-                if angles is not None:
-                    straight = keys.dtype == torch.float32
-                    rotated = out_keys if straight else scratch[1, : x_keys.numel()].view(x_keys.shape)
-                    self.form.apply(x_keys, *(pick(table).unsqueeze(-2) for table in angles), rotated)
-                    x_keys = rotated
-                if x_keys is not out_keys:
-                    out_keys.copy_(x_keys)
-                pick(place_values).copy_(x_values)
+        references = self.compressor.references(self.state.store) if self.layout.compressed else None
+        for start, stop, *work in self._tiles():
+            self._decode_tile(references, start, stop, *work, keys[:, :, start:stop], values[:, :, start:stop])
+
+    def _decode_tile(self, references, start, stop, angles, scratch, keys, values) -> None:
+        """The same of packed tokens `start .. stop - 1`, of a tile of `_tiles`."""
+        heads, key_width, store = keys.shape[1], keys.shape[1] * keys.shape[3], self.state.store
+        # [batch, n, heads, head_dim], as tokens are coded
+        place_keys, place_values = keys.transpose(1, 2), values.transpose(1, 2)
+        for tokens, pick in self.compressor.decode(store, references, start, stop, scratch):
+            x_keys, x_values = tokens.split([key_width, tokens.shape[-1] - key_width], dim=-1)
+            x_keys, x_values = x_keys.unflatten(-1, (heads, -1)), x_values.unflatten(-1, (heads, -1))
+            out_keys = pick(place_keys)
+            if angles is not None:
+                straight = keys.dtype == torch.float32
+                rotated = out_keys if straight else scratch[1, : x_keys.numel()].view(x_keys.shape)
+                self.form.apply(x_keys, *(pick(table).unsqueeze(-2) for table in angles), rotated)
+                x_keys = rotated
+            if x_keys is not out_keys:
+                out_keys.copy_(x_keys)
+            pick(place_values).copy_(x_values)
 
     @without_autocast
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor | None:
@@ -105,30 +110,51 @@ class StateReader:
 
         Returns:
             `[batch, num_attention_heads, q, head_dim of values]` in the dtype of `query`; None where decoding is
-            the better way: a compressor without components, nothing compressed, or too many queries.
+            the better way: nothing compressed, or few tokens and a compressor without components or many queries.
         """
         heads, value_dim = self.state.tail_values.shape[1], self.state.tail_values.shape[3]
+        view = self.layout.view(self.device)
+        if not self.layout.compressed or (view is not None and mask is None):
+            return None
         # mixing components costs a query of a head as much as projecting one number of every token's values does
         pays = 2 * query.shape[1] * query.shape[2] <= heads * value_dim
         # keys are rotated as complex numbers, which stand in memory two by two
-        if not (pays and self.layout.compressed and query.shape[-1] % 2 == 0):
-            return None
-        if not isinstance(self.compressor, TransformCompressor):
-            return None
-        view = self.layout.view(self.device)
-        if view is not None and mask is None:
-            return None
+        if not (pays and query.shape[-1] % 2 == 0 and isinstance(self.compressor, TransformCompressor)):
+            is_large = self.layout.compressed * self.compressor.width * len(query) * query.element_size() > DENSE_BYTES
+            return self._attend_decoded(query, mask, scale) if is_large else None
         queries = (query.float() * scale).unflatten(1, (heads, -1))
-        rows = queries.flatten(2, 3)
-        mask = None if mask is None else self._mask_of_slots(_additive(mask, queries), view)
+        rows, num_sinks, masks = queries.flatten(2, 3), self.state.sink_keys.shape[2], (None, None)
+        if mask is not None:
+            span = slice(num_sinks, num_sinks + self.layout.compressed)
+            masks = self._mask_of(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
         attend = self._attend_codes if self._fuses(query) else self._attend_store
-        seen = attend(rows, mask).merge(self._attend_raw(rows, mask))
+        raw = (part.float() for part in self._raw())
+        seen = attend(rows, masks[0]).merge(dispatch.attend(rows, *raw, masks[1]))
+        return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
+
+    def _attend_decoded(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """The same for many queries: tile after tile is decoded and attended to, never all of them at once."""
+        state, compressor, view = self.state, self.compressor, self.layout.view(self.device)
+        batch, heads, _, head_dim = state.tail_keys.shape
+        num_sinks, value_dim = state.sink_keys.shape[2], state.tail_values.shape[3]
+        queries = query.unflatten(1, (heads, -1))
+        rows, references = queries.flatten(2, 3), compressor.references(state.store)
+        raw_mask = None if mask is None else self._mask_of_raw(mask, queries, view)
+        raw = (part.to(query.dtype) for part in self._raw())
+        seen, tile_mask = dispatch.attend_many(rows, *raw, raw_mask, scale), None
+        # a mask is a number for each query of a head and token, where a token has `width`
+        for start, stop, angles, scratch in self._tiles(compressor.width + rows.shape[2]):
+            keys, values = (query.new_empty(batch, heads, stop - start, size) for size in (head_dim, value_dim))
+            self._decode_tile(references, start, stop, angles, scratch, keys, values)
+            if mask is not None:
+                tile_mask = self._mask_of(mask, queries, view, slice(num_sinks + start, num_sinks + stop))
+            seen = seen.merge(dispatch.attend_many(rows, keys, values, tile_mask, scale))
         return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
 
     def _attend_store(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
         """What `[batch, heads, queries, head_dim]` see in the packed tokens."""
         heads, head_dim, compressor, store = *query.shape[1::2], self.compressor, self.state.store
-        num_sinks, key_width, seen = self.state.sink_keys.shape[2], heads * head_dim, None
+        key_width, seen = heads * head_dim, None
         references = compressor.references(store)
         key_map, value_map = torch.cat([compressor.transform.mean[None], references[1]]).tensor_split([key_width], -1)
         if self.form is not None:
@@ -140,7 +166,7 @@ class StateReader:
                 turn = None if angles is None else tuple(pick(table).flatten(1, -2) for table in angles)
                 bias = None
                 if mask is not None:
-                    bias = pick(mask[..., num_sinks + start : num_sinks + stop].movedim(-1, 1))
+                    bias = pick(mask[..., start:stop].movedim(-1, 1))
                     bias = bias.flatten(1, -3).movedim(1, -1)
                 components = components.flatten(1, -2)
                 scores = dispatch.score(query, components, key_map[0], key_map[1:], turn, scratch[0])
@@ -198,10 +224,8 @@ class StateReader:
             query = self.form.paired(query, pairs)
             keys = (self.form.paired(part.unflatten(-1, (heads, -1)), pairs).flatten(-2) for part in keys)
             angles, positions = self._angles(offsets)
-        if mask is not None:
-            first = self.state.sink_keys.shape[2]
-            mask = mask[..., first : first + self.layout.compressed]
-            mask = mask if offsets is None else mask.index_select(-1, offsets)
+        if mask is not None and offsets is not None:
+            mask = mask.index_select(-1, offsets)
         key_map = dispatch.KeyMap(*keys)
         seen = dispatch.reconstruct_and_attend(
             query, codes, coded.vectors, key_map, references, angles, mask, positions=positions
@@ -221,31 +245,42 @@ class StateReader:
         positions = positions if offsets is None else positions.index_select(1, offsets)
         return tables, positions.int().contiguous()
 
-    def _attend_raw(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
+    def _raw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of sinks, tail and pending tokens."""
+        state = self.state
+        keys = torch.cat([state.sink_keys, state.tail_keys, state.pending_keys], dim=2)
+        return keys, torch.cat([state.sink_values, state.tail_values, state.pending_values], dim=2)
+
+    def _mask_of(self, mask: torch.Tensor, queries: torch.Tensor, view: View | None, slots: slice) -> torch.Tensor:
+        """Of a host's mask of columns one of slots, added to the scores: see `_additive`."""
+        if view is None:
+            return _additive(mask[..., slots], queries)
+        mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape).expand(len(queries), -1, -1, -1)
+        idx = view.columns[:, None, None, slots].expand(-1, *mask.shape[1:3], -1)
+        mask = _additive(mask.gather(-1, idx), queries)
+        return mask.masked_fill_(view.unused[:, None, None, slots], -torch.inf)
+
+    def _mask_of_raw(self, mask: torch.Tensor, queries: torch.Tensor, view: View | None) -> torch.Tensor:
         """The same of sinks, tail and pending tokens."""
         state = self.state
-        keys = torch.cat([state.sink_keys, state.tail_keys, state.pending_keys], dim=2).float()
-        values = torch.cat([state.sink_values, state.tail_values, state.pending_values], dim=2).float()
-        if mask is not None:
-            num_sinks = state.sink_keys.shape[2]
-            mask = torch.cat([mask[..., :num_sinks], mask[..., num_sinks + self.layout.compressed :]], dim=-1)
-        return dispatch.attend(query, keys, values, mask)
-
-    def _mask_of_slots(self, mask: torch.Tensor, view: View | None) -> torch.Tensor:
-        """A mask of columns, `[batch or 1, heads or 1, queries or 1, columns]`, as one of slots."""
-        if view is None:
-            return mask
-        state, num_pending = self.state, self.state.pending_keys.shape[2]
-        batch, num_slots = view.columns.shape
-        idx = view.columns[:, None, None].expand(-1, *mask.shape[1:3], -1)
-        merged = mask.expand(batch, -1, -1, -1).gather(-1, idx).masked_fill(view.unused[:, None, None], -torch.inf)
+        num_sinks, num_tail, num_pending = (
+            part.shape[2] for part in (state.sink_keys, state.tail_keys, state.pending_keys)
+        )
+        behind = num_sinks + self.layout.compressed
+        parts = [
+            self._mask_of(mask, queries, view, slice(*span)) for span in ((0, num_sinks), (behind, behind + num_tail))
+        ]
         # the tail of rows that were dropped from the batch may have been longer
-        room = state.sink_keys.shape[2] + self.layout.compressed + state.tail_keys.shape[2] - num_slots
-        pending = mask[..., mask.shape[-1] - num_pending :].expand(batch, -1, -1, -1)
-        return torch.cat([F.pad(merged, (0, room), value=-torch.inf), pending], dim=-1)
+        parts[1] = F.pad(parts[1], (0, num_tail - parts[1].shape[-1]), value=-torch.inf)
+        pending = _additive(mask[..., mask.shape[-1] - num_pending :], queries)
+        return torch.cat([*parts, pending.expand(len(parts[0]), -1, -1, -1)], dim=-1)
 
-    def _tiles(self) -> Iterator[tuple[int, int, tuple | None, torch.Tensor]]:
-        """Ranges `start, stop` of packed tokens, their angles, and `[2, their numbers]` float32 to work in."""
+    def _tiles(self, numbers: int = 0) -> Iterator[tuple[int, int, tuple | None, torch.Tensor]]:
+        """Ranges `start, stop` of packed tokens, their angles, and `[2, their numbers]` float32 to work in.
+
+        Args:
+            numbers: of a token that working memory must have room for, at least those of the token itself.
+        """
         compressor, view, count = self.compressor, self.layout.view(self.device), self.layout.compressed
         if count == 0:
             return
@@ -253,7 +288,7 @@ class StateReader:
         # the strides that are whole are read without copies; a crop may leave a part of one
         whole = count // stride * stride
         budget = SCRATCH_BYTES.get(self.device.type, SCRATCH_BYTES["cuda"])
-        tile = max(1, budget // (2 * batch * width * 4) // stride) * stride
+        tile = max(1, budget // (2 * batch * max(width, numbers) * 4) // stride) * stride
         # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
         size = batch * min(tile, count) * width
         scratch = torch.empty(2, size, dtype=torch.float32, device=self.device)

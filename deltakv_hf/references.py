@@ -76,15 +76,24 @@ def _growing_positions(stride: int, growth: float, limit: int) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _span(lattice: Lattice, start: int, stop: int, device: torch.device) -> Span:
-    offsets = torch.arange(stop - start)
     if lattice.growth == 0:
-        is_reference = (offsets + start) % lattice.stride == 0
-    else:
-        positions = torch.tensor(_growing_positions(lattice.stride, lattice.growth, _round_up(stop)))
-        is_reference = torch.isin(offsets + start, positions)
+        return _regular_span(lattice, start, stop, device)
+    offsets = torch.arange(stop - start)
+    positions = torch.tensor(_growing_positions(lattice.stride, lattice.growth, _round_up(stop)))
+    is_reference = torch.isin(offsets + start, positions)
     num_before = is_reference.cumsum(0) - is_reference.long() + lattice.count(start)
     parts = offsets[is_reference], offsets[~is_reference], num_before[~is_reference]
     return Span(*(upload(part, device) for part in parts))
+
+
+def _regular_span(lattice: Lattice, start: int, stop: int, device: torch.device) -> Span:
+    """The same without growth, made on the device: an upload costs more than the arithmetic."""
+    first, last, stride = lattice.count(start), lattice.count(stop), lattice.stride
+    references = torch.arange(first, last, device=device) * stride - start
+    residual = torch.arange(start - first, stop - last, device=device)
+    # all residuals but the first `stride - 1` stand behind one more reference
+    num_visible = residual // max(stride - 1, 1) + 1
+    return Span(references, residual + num_visible - start, num_visible)
 
 
 def check_num_references(lattice: Lattice, num_tokens: int) -> None:

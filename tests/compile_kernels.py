@@ -11,6 +11,7 @@ from deltakv_hf.kernels.triton_ops import (
     analyse,
     attend_kernels,
     int4_decode,
+    int4_kernels,
     nearest_references,
     unrotate,
     vector_quantize,
@@ -94,7 +95,7 @@ def kernels(capability: int):
             constants = {"HAS_MASK": True, "HAS_TABLE": head_dim == 128, "HAS_LENGTHS": True}
             constants |= int4_decode.shapes(head_dim, head_dim, queries, dtype, capability)
             constants.pop("programs")
-            yield int4_decode.int4_kernel, INT4 | {"query": query}, constants, {}
+            yield int4_kernels.int4_kernel, INT4 | {"query": query}, constants, {}
     yield attend_kernels.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
 
 

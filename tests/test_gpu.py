@@ -9,7 +9,7 @@ from helpers import TIGHT, assert_same_tensors, greedy, left_padded, state_tenso
 from models import new_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deltakv_hf import DeltaKVCache, dispatch
+from deltakv_hf import DeltaKVCache, dispatch, reading
 from deltakv_hf.reading import StateReader
 
 pytestmark = [
@@ -132,6 +132,28 @@ def test_a_fused_step_is_near_that_of_dense_keys(monkeypatch, dtype, padded):
     # of two layers the second has no references, which are read apart
     assert 2 * len(calls) == 3 * len(cache.own_layers)
     assert (logits[0] - logits[1]).norm() < 3e-2 * logits[1].norm()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("make", [random_compressor, None], ids=["components", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_chunk_reads_a_long_past_in_parts(monkeypatch, dtype, make, padded):
+    monkeypatch.setattr(reading, "DENSE_BYTES", 0)
+    monkeypatch.setattr(reading, "SCRATCH_BYTES", {"cuda": 4096})
+    model = new_model("llama")
+    compressor = make and make(model)
+    model.to("cuda", dtype).set_attn_implementation("deltakv")
+    inputs = left_padded([60, 41]) if padded else {"input_ids": torch.arange(1, 61)[None]}
+    inputs, logits = {name: part.cuda() for name, part in inputs.items()}, []
+    for in_parts in (True, False):
+        if not in_parts:
+            monkeypatch.setattr(StateReader, "attend", lambda *args: None)
+        cache = DeltaKVCache(model, compressor=compressor, **TIGHT_WINDOW)
+        model(**inputs, past_key_values=cache)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 19), value=1) if padded else None
+        ids = inputs["input_ids"][:, :19]
+        logits.append(model(ids, attention_mask=mask, past_key_values=cache).logits.float())
+    assert (logits[0] - logits[1]).norm() < (1e-4 if dtype == torch.float32 else 3e-2) * logits[1].norm()
 
 
 SMALL_CACHE = dict(recent_window=32, block_size=16)

@@ -215,7 +215,7 @@ def test_window_shrinks_when_it_is_compressed():
 
 def test_peak_of_a_long_prefill(monkeypatch):
     """While layer after layer comes, alive are: what finished layers store, two dense layers, and tiles of work."""
-    monkeypatch.setattr(coder, "ENCODE_TILE", 128)
+    monkeypatch.setattr(coder.Coder, "encode_tile", 128)
     num_layers, length, heads, head_dim = 4, 2048, 4, 32
     dense = 2 * heads * length * head_dim * 4
     work = dense // 4
@@ -239,7 +239,7 @@ def test_peak_of_a_long_prefill(monkeypatch):
 
 def test_peak_of_a_long_prefill_in_a_model(monkeypatch):
     """Through a model, the full cache's own prefill needs more: a dense layer is gone before the next one's exists."""
-    monkeypatch.setattr(coder, "ENCODE_TILE", 128)
+    monkeypatch.setattr(coder.Coder, "encode_tile", 128)
     model = tiny_model("llama-4-layers")
     peaks = []
     for cache in (full_cache(model), DeltaKVCache(model)):

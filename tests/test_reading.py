@@ -2,6 +2,7 @@
 
 import math
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_query_that_sees_nothing_gets_zero():
 
 def steps(model, inputs, lengths=(1, 1, 1, 1), crop=0, keep=None, make=random_compressor):
     """Logits of steps of `lengths` tokens behind a prompt, of which the last `crop` columns were forgotten."""
-    cache = DeltaKVCache(model, compressor=compressor_of(model, make), **TIGHT_WINDOW)
+    cache = DeltaKVCache(model, compressor=make and compressor_of(model, make), **TIGHT_WINDOW)
     mask = inputs.get("attention_mask")
     model(**inputs, past_key_values=cache)
     assert cache.memory_report().compressed_tokens > 0
@@ -165,6 +166,19 @@ def test_what_happened_to_the_cache_before_does_not_matter(attended, options, pa
     model = tiny_model("llama")
     inputs = left_padded([60, 25], 1) if padded else {"input_ids": prompt(2, 60)}
     assert_same_without_dense_numbers(attended, lambda: steps(model, inputs, **options))
+
+
+@pytest.mark.parametrize("make", [random_compressor, None], ids=["components", "direct"])
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("family", ["llama", "phi3-partial", "gpt2"])
+def test_many_queries_read_a_long_past_in_parts(attended, monkeypatch, family, padded, make):
+    """Of a chunk of a prompt, of more than one tile, more queries than one scores at once."""
+    monkeypatch.setattr(reading, "DENSE_BYTES", 0)
+    monkeypatch.setattr(import_module("deltakv_hf.kernels.reference.attend"), "MOST_SCORES", 1000)
+    set_scratch_bytes(monkeypatch, 4096)
+    model = BY_NAME[family].model()
+    inputs = left_padded([48, 31]) if padded else {"input_ids": prompt(2)}
+    assert_same_without_dense_numbers(attended, lambda: steps(model, inputs, (24, 1, 19), make=make))
 
 
 @pytest.mark.parametrize("size", [1, 4096, 20000])

@@ -163,7 +163,7 @@ def test_stored_keys_are_unrotated():
 def test_tiles_of_the_encoder_leave_no_trace(monkeypatch, tile):
     tokens = make_tokens(90, batch=2)
     expected = driven(tokens, top_k=2)
-    monkeypatch.setattr(coder, "ENCODE_TILE", tile)
+    monkeypatch.setattr(coder.Coder, "encode_tile", tile)
     assert_same_state(driven(tokens, top_k=2), expected)
 
 

@@ -13,9 +13,6 @@ from ..hf_compat import upload
 from ..references import Lattice
 from .store import TokenStore
 
-# tokens coded at once: bounds the float32 copies of a long prefill
-ENCODE_TILE = 2048
-
 Pieces = Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
 
 
@@ -29,11 +26,13 @@ class Coder(ABC):
         width: numbers of a token.
         lattice: which tokens are references.
         top_k: references whose mean predicts a token.
+        encode_tile: tokens coded at once: bounds the float32 copies of a long prefill.
     """
 
     width: int
     lattice: Lattice
     top_k: int
+    encode_tile: int = 2048
 
     def __deepcopy__(self, memo: dict) -> Coder:
         return self
@@ -102,8 +101,8 @@ class Coder(ABC):
             picked = slice(None) if rows is None else upload(torch.tensor(rows), held[0].device)
             references = self.read_references(*(part[picked, :num_references] for part in held))
         parts = []
-        for first in range(start, stop, ENCODE_TILE):
-            last = min(first + ENCODE_TILE, stop)
+        for first in range(start, stop, self.encode_tile):
+            last = min(first + self.encode_tile, stop)
             tokens = self.prepared(read(first, last))
             if references is None:
                 # none is read back

@@ -109,6 +109,9 @@ class TransformCompressor(Coder):
         self.transform = transform
         self.width = transform.mean.shape[0]
         self.lattice, self.top_k = Lattice(transform.reference_stride), 1
+        if transform.mean.device.type == "cuda":
+            # fewer do not keep all processors busy
+            self.encode_tile = 8192
 
     def tensors(self) -> list[torch.Tensor]:
         """What the compressor itself holds."""

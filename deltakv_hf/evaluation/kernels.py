@@ -142,6 +142,11 @@ class _Layer:
         self.angles = turn.cos().to(torch.bfloat16), turn.sin().to(torch.bfloat16)
         self.slots = torch.randperm(num_tokens, generator=generator, device=device)[:SELECTED].sort().values[None].int()
         self.dense = [random(1, HEADS, num_tokens, HEAD_DIM).to(torch.bfloat16) for _ in range(2)]
+        self.half_angles = turn.cos(), turn.sin()
+        self.wide = random(1, num_tokens, 2 * self.width)
+        self.scaling = random(2 * self.width), torch.rand(2 * self.width, generator=generator, device=device)
+        self.inverse = random(2 * self.width, len(vectors.byte_idx)).half()
+        self.packed = dispatch.int4_encode(*self.dense)
 
 
 def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str | None):
@@ -161,6 +166,20 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
 
     book = layer.book
 
+    turn = layer.half_angles
+
+    def unrotate():
+        return dispatch.unrotate(*layer.dense, turn, backend=backend)
+
+    size = 2 * layer.dense[0].nbytes + sum(part.nbytes for part in turn) + 4 * layer.wide.numel()
+    yield timing("unrotate", f"{n:,} tokens", unrotate, size, 0)
+
+    def analyse():
+        return dispatch.analyse(layer.wide, *layer.scaling, layer.inverse, backend=backend)
+
+    size = layer.wide.nbytes + layer.inverse.nbytes + layer.tokens.nbytes
+    yield timing("analyse", f"{n:,} tokens", analyse, size, 2 * layer.wide.numel() * layer.inverse.shape[1])
+
     def quantize():
         return dispatch.vector_quantize(layer.tokens, book.starts, book.tables, book.steps, book.groups, backend)
 
@@ -176,6 +195,12 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
         flops = 2 * count * components * (layer.width + HEADS * QUERIES)
         yield timing("reconstruct_and_attend", what, attend, count * num_bytes, flops)
     query = layer.query.flatten(1, 2)[:, :, None].to(torch.bfloat16)
+
+    def packed():
+        return dispatch.int4_decode(layer.query.to(layer.vectors.table.dtype), *layer.packed, backend=backend)
+
+    size, flops = sum(part.nbytes for part in layer.packed), 4 * n * layer.width * QUERIES
+    yield timing("int4_decode", f"all of {n:,}", packed, size, flops)
 
     def dense():
         return F.scaled_dot_product_attention(query, *layer.dense, enable_gqa=True)

@@ -4,7 +4,7 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 """
 
 from .analyse import analyse
-from .attend import Attended, attend, weigh
+from .attend import Attended, attend, attend_many, weigh
 from .feed_forward import LINEAR_MAPS, feed_forward
 from .int4_decode import int4_decode, int4_encode
 from .nearest_references import nearest_references
@@ -24,6 +24,7 @@ __all__ = [
     "Vectors",
     "analyse",
     "attend",
+    "attend_many",
     "dequantize",
     "feed_forward",
     "grid_limit",

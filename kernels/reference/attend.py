@@ -7,9 +7,12 @@ projected up once for each query instead of once for each token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+# held at once by `attend_many`
+MOST_SCORES = 2**22
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,26 @@ def weigh(scores: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor |
         return Attended(maximum, total, weights @ value_states)
     mixed = weights.flatten(1, 2) @ value_states
     return Attended(maximum, total, mixed.view(*weights.shape[:3], -1))
+
+
+def attend_many(
+    query: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> Attended:
+    """`attend` for more queries than their scores have room for at once.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`, any floating dtype, to be multiplied by `scale`.
+        key_states, value_states: `[batch, heads, n, head_dim]` in the same dtype, n at least 1.
+        mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n]` float32, or None.
+    """
+    keys, values, parts = key_states.float(), value_states.float(), []
+    size = max(1, MOST_SCORES // (query.shape[0] * query.shape[1] * keys.shape[2]))
+    for first in range(0, query.shape[2], size):
+        span = slice(first, first + size)
+        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, span]
+        parts.append(attend(query[:, :, span].float() * scale, keys, values, part))
+    return Attended(*(torch.cat([getattr(part, f.name) for part in parts], dim=2) for f in fields(Attended)))
