@@ -64,7 +64,7 @@ __all__ = [
 BACKENDS = ("reference", "triton")
 LEAST_CAPABILITY = (7, 5)
 # what a GPU does with Triton by itself: measured, and faster there (docs/kernels.md)
-CHOSEN = ("analyse", "nearest_references", "reconstruct_and_attend", "unrotate", "vector_quantize")
+CHOSEN = ("analyse", "int4_decode", "nearest_references", "reconstruct_and_attend", "unrotate", "vector_quantize")
 
 
 def analyse(

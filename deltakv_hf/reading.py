@@ -142,8 +142,7 @@ class StateReader:
         raw_mask = None if mask is None else self._mask_of_raw(mask, queries, view)
         raw = (part.to(query.dtype) for part in self._raw())
         seen, tile_mask = dispatch.attend_many(rows, *raw, raw_mask, scale), None
-        # a mask is a number for each query of a head and token, where a token has `width`
-        for start, stop, angles, scratch in self._tiles(compressor.width + rows.shape[2]):
+        for start, stop, angles, scratch in self._tiles(0 if mask is None else rows.shape[2]):
             keys, values = (query.new_empty(batch, heads, stop - start, size) for size in (head_dim, value_dim))
             self._decode_tile(references, start, stop, angles, scratch, keys, values)
             if mask is not None:
@@ -275,11 +274,11 @@ class StateReader:
         pending = _additive(mask[..., mask.shape[-1] - num_pending :], queries)
         return torch.cat([*parts, pending.expand(len(parts[0]), -1, -1, -1)], dim=-1)
 
-    def _tiles(self, numbers: int = 0) -> Iterator[tuple[int, int, tuple | None, torch.Tensor]]:
+    def _tiles(self, mask_rows: int | None = None) -> Iterator[tuple[int, int, tuple | None, torch.Tensor]]:
         """Ranges `start, stop` of packed tokens, their angles, and `[2, their numbers]` float32 to work in.
 
         Args:
-            numbers: of a token that working memory must have room for, at least those of the token itself.
+            mask_rows: for many queries, numbers of a token in a mask of them; None: for a few.
         """
         compressor, view, count = self.compressor, self.layout.view(self.device), self.layout.compressed
         if count == 0:
@@ -288,9 +287,12 @@ class StateReader:
         # the strides that are whole are read without copies; a crop may leave a part of one
         whole = count // stride * stride
         budget = SCRATCH_BYTES.get(self.device.type, SCRATCH_BYTES["cuda"])
-        tile = max(1, budget // (2 * batch * max(width, numbers) * 4) // stride) * stride
+        if mask_rows is not None:
+            # beside what so many queries take themselves; a tile is read, decoded and masked
+            budget, width = 4 * budget, max(compressor.width, mask_rows)
+        tile = max(1, budget // (2 * batch * width * 4) // stride) * stride
         # one piece of memory for all tiles: asking for fresh pages costs a CPU more than the arithmetic
-        size = batch * min(tile, count) * width
+        size = batch * min(tile, count) * compressor.width
         scratch = torch.empty(2, size, dtype=torch.float32, device=self.device)
         first, angles = self.num_sink_tokens, None
         edges = sorted({*range(0, whole, tile), whole, count})

@@ -144,4 +144,5 @@ def vector_dequantize(
 
 
 def _to_grid(x: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Tensor:
-    return (x / step.unsqueeze(-1)).round_().clamp_(-limit, limit)
+    # one division a group
+    return (x * (1 / step).unsqueeze(-1)).round_().clamp_(-limit, limit)

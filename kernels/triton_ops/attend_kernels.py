@@ -11,7 +11,7 @@ LOWEST = tl.constexpr(-3.0e38)
 LEAST = tl.constexpr(-3.4028234663852886e38)
 # what the width of loads does not depend on is no reason to compile anew
 ANY = (
-    "first num_tokens num_components num_rows num_queries num_heads num_spans first_span count row_blocks "
+    "first num_tokens num_components num_rows num_queries num_heads num_spans chunk count row_blocks "
     "row_stride slot_stride reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2 "
     "angle_stride mask_row mask_head mask_query mask_token"
 ).split()
@@ -288,10 +288,10 @@ def score_kernel(
 def mix_kernel(
     scores,  # [batch, rows, room]
     components,  # [batch, room, width]
-    maxima,  # [spans, batch, rows] float32, powers of two
-    totals,  # [spans, batch, rows] float32, times LARGEST_WEIGHT
+    maxima,  # [blocks, spans, batch, rows] float32, powers of two: of the chunks before, then of this one too
+    totals,  # [blocks, spans, batch, rows] float32, times LARGEST_WEIGHT
     mixed,  # [spans, batch, rows, components] float32, times LARGEST_WEIGHT
-    first_span,
+    chunk,  # its number
     span,
     count,  # tokens of the chunk
     num_components,
@@ -310,9 +310,18 @@ def mix_kernel(
     is_row = rows < num_rows
     component = tl.program_id(1) * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
     is_component = component < num_components
+    held = (part * batch + batch_row) * num_rows + rows
+    spot = mixed + held[None, :] * num_components + component[:, None]
+    is_held = is_component[:, None] & is_row[None, :]
     maximum = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([BLOCK_COMPONENTS, ROWS], tl.float32)
+    # each block of components has a copy of its own: none waits for another
+    copy = held + tl.program_id(1) * tl.num_programs(0) * batch * num_rows
+    if chunk > 0:
+        maximum = tl.load(maxima + copy, mask=is_row, other=LOWEST)
+        total = tl.load(totals + copy, mask=is_row, other=0.0)
+        sums = tl.load(spot, mask=is_held, other=0.0)
     for start in range(part * span, tl.minimum((part + 1) * span, count), BLOCK_TOKENS):
         place = start + tl.arange(0, BLOCK_TOKENS)
         z = tl.load(components + (batch_row * room + place)[:, None] * width + component[None, :])
@@ -327,15 +336,9 @@ def mix_kernel(
         total = total * shrink + tl.sum(weight, 0)
         sums = tl.dot(tl.trans(z), weight.to(z.dtype), sums * shrink[None, :], input_precision="ieee")
         maximum = largest
-    held = ((first_span + part) * batch + batch_row) * num_rows + rows
-    if tl.program_id(1) == 0:
-        tl.store(maxima + held, maximum, mask=is_row)
-        tl.store(totals + held, total, mask=is_row)
-    tl.store(
-        mixed + held[None, :] * num_components + component[:, None],
-        sums,
-        mask=is_component[:, None] & is_row[None, :],
-    )
+    tl.store(maxima + copy, maximum, mask=is_row)
+    tl.store(totals + copy, total, mask=is_row)
+    tl.store(spot, sums, mask=is_held)
 
 
 @triton.jit(do_not_specialize=ANY)

@@ -8,30 +8,31 @@ from .attend_kernels import merge_kernel
 from .capability import capability
 from .int4_kernels import GROUP, int4_kernel
 
-# queries of a head that are multiplied at once, and columns that tensor cores multiply by at least
-MOST_QUERIES, FEWEST_COLUMNS = 8, 16
+# queries of a head that are multiplied at once
+MOST_QUERIES = 8
 # splits of a row that are put together, at most
-MOST_SPLITS = 128
+MOST_SPLITS = 256
 MERGE_COMPONENTS = 64
 
 
 def tile(width: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Tokens of a tile, warps, how many tiles are loaded ahead, and programs for each processor.
+    """Tokens of a tile, warps, tiles loaded ahead, programs for each processor, columns multiplied by at least.
 
     Args:
         width: numbers of a head.
         capability: of the card: 75 for a T4, 90 for an H100.
     """
     if dtype == torch.float32 or capability < 80 or width > 128:
-        return {"BLOCK_TOKENS": 64, "num_warps": 4, "num_stages": 1, "programs": 2}
-    return {"BLOCK_TOKENS": 128, "num_warps": 4, "num_stages": 3, "programs": 2}
+        return {"BLOCK_TOKENS": 64, "num_warps": 4, "num_stages": 1, "programs": 2, "columns": 16}
+    # single warps: none waits for another
+    return {"BLOCK_TOKENS": 32, "num_warps": 1, "num_stages": 4, "programs": 8, "columns": 4}
 
 
 def shapes(head_dim: int, value_dim: int, num_queries: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     """All constants of the kernel but what there is to read; and `programs`, see `tile`."""
     options = tile(max(head_dim, value_dim), dtype, capability)
-    blocks = options["BLOCK_TOKENS"] // GROUP.value
-    queries = min(MOST_QUERIES, max(FEWEST_COLUMNS // blocks, triton.next_power_of_2(num_queries)))
+    blocks, columns = options["BLOCK_TOKENS"] // GROUP.value, options.pop("columns")
+    queries = min(MOST_QUERIES, max(columns // blocks, triton.next_power_of_2(num_queries)))
     words = {"KEY_WORDS": head_dim // 8, "VALUE_WORDS": value_dim // 8}
     return (
         options
@@ -41,7 +42,7 @@ def shapes(head_dim: int, value_dim: int, num_queries: int, dtype: torch.dtype, 
             "KEY_BLOCK": triton.next_power_of_2(words["KEY_WORDS"]),
             "VALUE_BLOCK": triton.next_power_of_2(words["VALUE_WORDS"]),
             "QUERIES": queries,
-            "GROUPS": max(FEWEST_COLUMNS // queries, triton.next_power_of_2(value_dim // GROUP.value)),
+            "GROUPS": max(columns // queries, triton.next_power_of_2(value_dim // GROUP.value)),
         }
     )
 

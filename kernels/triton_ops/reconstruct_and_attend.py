@@ -16,12 +16,14 @@ from .capability import capability
 
 # bytes of the chunk of components; with scores and partial sums a read takes less than 64 MB
 CHUNK_BYTES = 2**25
-# spans of tokens with sums of their own, over all rows, and the fewest tokens of one
-MOST_SPANS, SPAN = 64, 512
+# spans of a chunk with sums of their own, over all rows, and the fewest tokens of one
+MOST_SPANS, SPAN = 32, 256
 # tokens and components of a chunk are multiples of it, and it is one of the tiles'
 WHOLE = 128
 DECODE_TILE = {"BLOCK_TOKENS": 16, "BLOCK_COMPONENTS": 64, "num_warps": 2}
 MIX_TILE = {"BLOCK_TOKENS": 64, "BLOCK_COMPONENTS": 128, "num_warps": 8}
+# programs that do not keep a GPU busy
+FEW = 256
 # queries of a head that are multiplied at once; tensor cores take no fewer than 16
 FEWEST_ROWS, MOST_QUERIES = 16, 32
 
@@ -79,15 +81,17 @@ def reconstruct_and_attend(
     strides = [0] * 4 if mask is None else mask.expand(batch, heads, num_queries, num_tokens).stride()
     half = max(16, triton.next_power_of_2(head_dim // 2))
     tile = score_tile(half, dtype, capability(device))
+    if triton.cdiv(num_tokens, tile["BLOCK_TOKENS"]) * triton.cdiv(heads, tile["HEADS"]) * batch < FEW:
+        tile["BLOCK_TOKENS"] = min(64, tile["BLOCK_TOKENS"])
     asked = min(heads, tile["HEADS"]) * num_queries
     tile["QUERIES"] = min(MOST_QUERIES, max(FEWEST_ROWS, triton.next_power_of_2(asked)))
     row_block = min(64, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
     row_blocks, blocks = triton.cdiv(rows, row_block), width // MIX_TILE["BLOCK_COMPONENTS"]
 
     room = min(_chunk(batch * width * table.itemsize, heads, tile, device), triton.cdiv(num_tokens, WHOLE) * WHOLE)
-    span = min(room, max(SPAN, triton.next_power_of_2(triton.cdiv(num_tokens * batch, MOST_SPANS))))
+    num_spans = max(1, min(MOST_SPANS // batch, room // SPAN))
+    span = triton.cdiv(room, num_spans * WHOLE) * WHOLE
     chunks = [(first, min(room, num_tokens - first)) for first in range(0, num_tokens, room)]
-    num_spans = sum(triton.cdiv(count, span) for _, count in chunks)
 
     # vectors of one size in blocks of their own; the last are by themselves, and fill the width up with zeros
     ends = list(accumulate(vectors.counts))
@@ -104,9 +108,9 @@ def reconstruct_and_attend(
         return torch.empty(shape, dtype=dtype, device=device)
 
     components, scores = new(batch, room, width, dtype=dtype), new(batch, rows, room)
-    maxima, totals, mixed = (new(num_spans, batch, rows, *more) for more in ((), (), (num_components,)))
-    spans = 0
-    for first, count in chunks:
+    maxima, totals = (new(blocks, num_spans, batch, rows) for _ in range(2))
+    mixed = new(num_spans, batch, rows, num_components)
+    for chunk, (first, count) in enumerate(chunks):
         sizes, tokens = (first, num_tokens, num_components, width, room), triton.cdiv(count, WHOLE) * WHOLE
         decode_kernel[(tokens // DECODE_TILE["BLOCK_TOKENS"], decode_blocks, batch)](
             *(codes, slots, table, *indices, *reference_parts, components),
@@ -124,14 +128,13 @@ def reconstruct_and_attend(
             HALF=half,
             **tile,
         )
-        mix_kernel[(triton.cdiv(count, span), blocks, batch * row_blocks)](
+        mix_kernel[(num_spans, blocks, batch * row_blocks)](
             *(scores, components, maxima, totals, mixed),
-            *(spans, span, count, num_components, width, rows, room, row_blocks),
+            *(chunk, span, count, num_components, width, rows, room, row_blocks),
             ROWS=row_block,
             num_stages=mix_stages(dtype),
             **MIX_TILE,
         )
-        spans += triton.cdiv(count, span)
     maximum, total, result = (new(batch, heads, num_queries, size) for size in (1, 1, num_components))
     merge_kernel[(batch * rows, blocks)](
         *(maxima, totals, mixed, maximum, total, result),

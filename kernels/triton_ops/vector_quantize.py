@@ -12,7 +12,7 @@ from ..reference.vector_quantize import SHORT, Groups, group_runs
 
 # tokens of a program and of a tile
 TOKENS = 512
-TILE = {"BLOCK_TOKENS": 64, "num_warps": 4}
+TILE = {"BLOCK_TOKENS": 16, "num_warps": 2}
 # places that are multiplied at once, the least that tensor cores take; the last of the first block hold |c|^2
 PLACES, OWN = tl.constexpr(16), tl.constexpr(SHORT)
 # 1.5 * 2**23: a float32 of that size has no fraction, and its last 22 bits are those of an integer added to it
@@ -54,13 +54,13 @@ def first_vectors(table, vectors, size, IS_LONG: tl.constexpr, IN_BITS: tl.const
 
 
 @triton.jit
-def read_numbers(x, tokens, is_token, first, size, stride, step, limit, last):
+def read_numbers(x, tokens, is_token, first, size, stride, scale, limit, last):
     """Numbers `first ..` of tokens on the grid, times -2, as places before `last`, `[tokens, PLACES]` float16."""
     place = tl.arange(0, PLACES)
     is_number = is_token[:, None] & ((place < last) & (first + place < size))[None, :]
     number = tl.load(x + tokens[:, None] * stride + first + place[None, :], mask=is_number, other=0.0)
     # a GPU clamps NaN to a limit
-    clamped = tl.minimum(tl.maximum(tl.div_rn(number, step), -limit), limit)
+    clamped = tl.minimum(tl.maximum(number * scale, -limit), limit)
     number = tl.where(number == number, clamped, number)
     # to the nearest integer, ties to the even one
     number = -2 * ((number + WHOLE) - WHOLE)
@@ -79,7 +79,7 @@ def nearest_vector(
     table,
     size,
     stride,
-    step,
+    scale,
     limit,
     IS_LONG: tl.constexpr,
     IN_BITS: tl.constexpr,
@@ -89,7 +89,7 @@ def nearest_vector(
     distance = tl.dot(number, vector)
     if IS_LONG:
         for start in range(OWN, size, PLACES):
-            number = read_numbers(x, tokens, is_token, start, size, stride, step, limit, PLACES)
+            number = read_numbers(x, tokens, is_token, start, size, stride, scale, limit, PLACES)
             distance = tl.dot(number, read_vectors(table, vectors, start, size, PLACES), distance)
     if IN_BITS:
         least = tl.min((distance.to(tl.int32, bitcast=True) << 8) + vectors[None, :], 1)
@@ -122,7 +122,7 @@ def assign_kernel(
     BLOCK_TOKENS: tl.constexpr,
 ):
     group = first_group + tl.program_id(0)
-    step, limit = tl.load(steps + group), tl.load(limits + group)
+    scale, limit = tl.div_rn(1.0, tl.load(steps + group)), tl.load(limits + group)
     size, byte = tl.load(sizes + group), tl.load(byte_idx + group)
     x += tl.load(first_component + group)
     table += tl.load(first_entry + group)
@@ -134,12 +134,12 @@ def assign_kernel(
     for first in range(begin, tl.minimum(begin + TOKENS, num_tokens), BLOCK_TOKENS):
         tokens = (first + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
         is_token = tokens < num_tokens
-        number = read_numbers(x, tokens, is_token, 0, size, num_components, step, limit, OWN)
+        number = read_numbers(x, tokens, is_token, 0, size, num_components, scale, limit, OWN)
         least, code = nearest_vector(
-            number, low_vector, low, x, tokens, is_token, table, size, num_components, step, limit, IS_LONG, IN_BITS
+            number, low_vector, low, x, tokens, is_token, table, size, num_components, scale, limit, IS_LONG, IN_BITS
         )
         other_least, other_code = nearest_vector(
-            number, high_vector, high, x, tokens, is_token, table, size, num_components, step, limit, IS_LONG, IN_BITS
+            number, high_vector, high, x, tokens, is_token, table, size, num_components, scale, limit, IS_LONG, IN_BITS
         )
         # the first of the nearest; a token with NaN has no distances, and 0 or 256 either way
         code = tl.where(other_least < least, other_code, code)
