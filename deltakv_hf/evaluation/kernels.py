@@ -196,8 +196,10 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
         yield timing("reconstruct_and_attend", what, attend, count * num_bytes, flops)
     query = layer.query.flatten(1, 2)[:, :, None].to(torch.bfloat16)
 
+    half_query = layer.query.to(layer.vectors.table.dtype)
+
     def packed():
-        return dispatch.int4_decode(layer.query.to(layer.vectors.table.dtype), *layer.packed, backend=backend)
+        return dispatch.int4_decode(half_query, *layer.packed, backend=backend)
 
     size, flops = sum(part.nbytes for part in layer.packed), 4 * n * layer.width * QUERIES
     yield timing("int4_decode", f"all of {n:,}", packed, size, flops)

@@ -316,12 +316,6 @@ def mix_kernel(
     maximum = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([BLOCK_COMPONENTS, ROWS], tl.float32)
-    # each block of components has a copy of its own: none waits for another
-    copy = held + tl.program_id(1) * tl.num_programs(0) * batch * num_rows
-    if chunk > 0:
-        maximum = tl.load(maxima + copy, mask=is_row, other=LOWEST)
-        total = tl.load(totals + copy, mask=is_row, other=0.0)
-        sums = tl.load(spot, mask=is_held, other=0.0)
     for start in range(part * span, tl.minimum((part + 1) * span, count), BLOCK_TOKENS):
         place = start + tl.arange(0, BLOCK_TOKENS)
         z = tl.load(components + (batch_row * room + place)[:, None] * width + component[None, :])
@@ -335,6 +329,15 @@ def mix_kernel(
         shrink = tl.exp2(maximum - largest)
         total = total * shrink + tl.sum(weight, 0)
         sums = tl.dot(tl.trans(z), weight.to(z.dtype), sums * shrink[None, :], input_precision="ieee")
+        maximum = largest
+    # each block of components has a copy of its own: none waits for another
+    copy = held + tl.program_id(1) * tl.num_programs(0) * batch * num_rows
+    if chunk > 0:
+        known = tl.load(maxima + copy, mask=is_row, other=LOWEST)
+        largest = tl.maximum(maximum, known)
+        shrink, own = tl.exp2(known - largest), tl.exp2(maximum - largest)
+        total = total * own + tl.load(totals + copy, mask=is_row, other=0.0) * shrink
+        sums = sums * own[None, :] + tl.load(spot, mask=is_held, other=0.0) * shrink[None, :]
         maximum = largest
     tl.store(maxima + copy, maximum, mask=is_row)
     tl.store(totals + copy, total, mask=is_row)

@@ -17,7 +17,7 @@ from .capability import capability
 # bytes of the chunk of components; with scores and partial sums a read takes less than 64 MB
 CHUNK_BYTES = 2**25
 # spans of a chunk with sums of their own, over all rows, and the fewest tokens of one
-MOST_SPANS, SPAN = 32, 256
+MOST_SPANS, SPAN = 8, 256
 # tokens and components of a chunk are multiples of it, and it is one of the tiles'
 WHOLE = 128
 DECODE_TILE = {"BLOCK_TOKENS": 16, "BLOCK_COMPONENTS": 64, "num_warps": 2}

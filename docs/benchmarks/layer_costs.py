@@ -1,0 +1,148 @@
+"""What a compressed layer costs beside a dense one, in the layer shape of Llama-3.1-8B with random weights in bfloat16.
+
+python docs/benchmarks/layer_costs.py out.json
+
+Prefill of 32,768 tokens through two layers with `DynamicCache` and with compressors of 409 bytes a token, without
+references and with one token in ten as reference; then, behind 131,072 tokens of one layer, what is alive in a decode
+step and in a chunk of 2,048 queries beyond what is stored.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from deltakv_hf import DeltaKVCache, KVCompressor
+from deltakv_hf.compressor.base_model import describe_model
+from deltakv_hf.compressor.codebook import Codebook
+from deltakv_hf.compressor.transform_tensors import transform_tensors
+from deltakv_hf.dispatch import grid_limit
+from deltakv_hf.evaluation.kernels import RUNS
+from deltakv_hf.evaluation.steps import environment
+
+WIDTH, PREFILL, LONG, CHUNK, REPEATS = 2048, 32768, 131072, 2048, 4
+STRIDES = {"no references": 1, "references, one in ten": 10}
+
+
+def new_model(num_layers: int):
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=1000,
+        max_position_embeddings=LONG,
+        rope_theta=500000.0,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.set_attn_implementation("deltakv")
+    return model
+
+
+def random_compressor(model, stride: int) -> KVCompressor:
+    generator = torch.Generator().manual_seed(0)
+
+    def book() -> Codebook:
+        starts, tables, steps, place = [], [], [], 0
+        for groups, size in RUNS:
+            limit = grid_limit(size)
+            table = torch.randint(-limit, limit + 1, (groups, 256, size), generator=generator)
+            starts.append(place)
+            tables.append(table.to(torch.int8 if limit <= 127 else torch.int16))
+            steps.append(torch.full((groups,), 1 / limit))
+            place += groups * size
+        return Codebook(starts, tables, steps, WIDTH)
+
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0][None]
+    books = {"reference": book(), "residual": book() if stride > 1 else Codebook([], [], [], WIDTH)}
+    prediction = torch.rand(WIDTH, generator=generator)
+    made, starts = transform_tensors(0, torch.zeros(WIDTH), torch.ones(WIDTH), basis, prediction, books)
+    num_layers = model.config.num_hidden_layers
+    tensors = {
+        name.replace("layers.0.", f"layers.{layer_idx}."): tensor
+        for layer_idx in range(num_layers)
+        for name, tensor in made.items()
+    }
+    record = {"widths": [WIDTH // 2] * 2, "reference_stride": stride, **starts}
+    config = {"kind": "transform", "model": describe_model(model), "layers": [record] * num_layers}
+    return KVCompressor(config, tensors)
+
+
+def timed(run) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return round(1000 * (time.perf_counter() - began), 2)
+
+
+def alive(run) -> float:
+    """MiB beyond what was there before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def prefill() -> dict:
+    model, ids = new_model(2), torch.randint(0, 1000, (1, PREFILL), device="cuda")
+
+    def runs(make) -> list[float]:
+        return [timed(lambda: model(ids, past_key_values=make(), logits_to_keep=1)) for _ in range(REPEATS)]
+
+    found = {"DynamicCache": runs(lambda: DynamicCache(config=model.config))}
+    for name, stride in STRIDES.items():
+        compressor = random_compressor(model, stride)
+        found[name] = runs(lambda compressor=compressor: DeltaKVCache(model, compressor=compressor))
+    # the first run compiles
+    dense = min(found["DynamicCache"][1:])
+    shares = {name: round(min(found[name][1:]) / dense - 1, 3) for name in STRIDES}
+    return {"ms": found, "share_of_prefill": shares}
+
+
+def read_once(reader) -> dict[str, float]:
+    one, many = (torch.randn(1, 32, n, 128, device="cuda", dtype=torch.bfloat16) for n in (1, CHUNK))
+
+    def step() -> None:
+        reader.attend(one, None, 0.088)
+
+    def chunk() -> None:
+        reader.attend(many, None, 0.088)
+
+    for run in (step, chunk, reader.decode):
+        run()
+    return {
+        "decode_step_mib": alive(step),
+        "chunk_in_parts_mib": alive(chunk),
+        "chunk_in_parts_ms": timed(chunk),
+        "dense_mib": alive(reader.decode),
+        "dense_ms": timed(reader.decode),
+    }
+
+
+def long_past() -> dict:
+    model, ids, found = new_model(1), torch.randint(0, 1000, (1, LONG), device="cuda"), {}
+    for name, stride in STRIDES.items():
+        cache = DeltaKVCache(model, compressor=random_compressor(model, stride))
+        for start in range(0, LONG, 16384):
+            model(ids[:, start : start + 16384], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :1], past_key_values=cache)
+        layer = cache.layers[0]
+        found[name] = read_once(layer._reader(layer.state, cache._ledger.layout))
+    return found
+
+
+with torch.no_grad():
+    command, device = "python docs/benchmarks/layer_costs.py out.json", torch.device("cuda")
+    made = {"command": command, "environment": environment(device)}
+    for part in (prefill, long_past):
+        made[part.__name__] = part()
+        with open(sys.argv[1], "w") as file:
+            json.dump(made, file, indent=1)
