@@ -86,7 +86,8 @@ def attend_many(
     scale: float,
 ) -> Attended:
     """See `kernels/reference/attend.py`; on CUDA by the kernel of torch that never holds the scores."""
-    if query.device.type != "cuda":
+    sizes = query.shape[-1] % 8, value_states.shape[-1] % 8
+    if query.device.type != "cuda" or torch.version.hip is not None or any(sizes):
         return reference.attend_many(query, key_states, value_states, mask, scale)
     if mask is not None:
         # the kernel wants rows at whole words, and numbers: a query may see nothing here

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from . import dispatch
 from .compressor import Coder, TransformCompressor
 from .compressor.vectors import TokenVectors
 from .hf_compat import without_autocast
 from .layout import Layout, View
+from .masks import mask_of_raw, mask_of_slots
 from .rope import RopeForm, RopeTables
 from .state import LayerState, gather
 
@@ -126,7 +126,7 @@ class StateReader:
         rows, num_sinks, masks = queries.flatten(2, 3), self.state.sink_keys.shape[2], (None, None)
         if mask is not None:
             span = slice(num_sinks, num_sinks + self.layout.compressed)
-            masks = self._mask_of(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
+            masks = mask_of_slots(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
         attend = self._attend_codes if self._fuses(query) else self._attend_store
         raw = (part.float() for part in self._raw())
         seen = attend(rows, masks[0]).merge(dispatch.attend(rows, *raw, masks[1]))
@@ -146,7 +146,7 @@ class StateReader:
             keys, values = (query.new_empty(batch, heads, stop - start, size) for size in (head_dim, value_dim))
             self._decode_tile(references, start, stop, angles, scratch, keys, values)
             if mask is not None:
-                tile_mask = self._mask_of(mask, queries, view, slice(num_sinks + start, num_sinks + stop))
+                tile_mask = mask_of_slots(mask, queries, view, slice(num_sinks + start, num_sinks + stop))
             seen = seen.merge(dispatch.attend_many(rows, keys, values, tile_mask, scale))
         return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
 
@@ -250,29 +250,11 @@ class StateReader:
         keys = torch.cat([state.sink_keys, state.tail_keys, state.pending_keys], dim=2)
         return keys, torch.cat([state.sink_values, state.tail_values, state.pending_values], dim=2)
 
-    def _mask_of(self, mask: torch.Tensor, queries: torch.Tensor, view: View | None, slots: slice) -> torch.Tensor:
-        """Of a host's mask of columns one of slots, added to the scores: see `_additive`."""
-        if view is None:
-            return _additive(mask[..., slots], queries)
-        mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape).expand(len(queries), -1, -1, -1)
-        idx = view.columns[:, None, None, slots].expand(-1, *mask.shape[1:3], -1)
-        mask = _additive(mask.gather(-1, idx), queries)
-        return mask.masked_fill_(view.unused[:, None, None, slots], -torch.inf)
-
     def _mask_of_raw(self, mask: torch.Tensor, queries: torch.Tensor, view: View | None) -> torch.Tensor:
-        """The same of sinks, tail and pending tokens."""
+        """Of a host's mask one of sinks, tail and pending tokens, added to the scores."""
         state = self.state
-        num_sinks, num_tail, num_pending = (
-            part.shape[2] for part in (state.sink_keys, state.tail_keys, state.pending_keys)
-        )
-        behind = num_sinks + self.layout.compressed
-        parts = [
-            self._mask_of(mask, queries, view, slice(*span)) for span in ((0, num_sinks), (behind, behind + num_tail))
-        ]
-        # the tail of rows that were dropped from the batch may have been longer
-        parts[1] = F.pad(parts[1], (0, num_tail - parts[1].shape[-1]), value=-torch.inf)
-        pending = _additive(mask[..., mask.shape[-1] - num_pending :], queries)
-        return torch.cat([*parts, pending.expand(len(parts[0]), -1, -1, -1)], dim=-1)
+        sizes = state.sink_keys.shape[2], self.layout.compressed, state.tail_keys.shape[2]
+        return mask_of_raw(mask, queries, view, *sizes, state.pending_keys.shape[2])
 
     def _tiles(self, mask_rows: int | None = None) -> Iterator[tuple[int, int, tuple | None, torch.Tensor]]:
         """Ranges `start, stop` of packed tokens, their angles, and `[2, their numbers]` float32 to work in.
@@ -302,22 +284,3 @@ class StateReader:
             elif self.form is not None:
                 angles = self.tables.gather(view.columns[:, first + start : first + stop])
             yield start, stop, angles, scratch
-
-
-def _additive(mask: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """A host's mask as one added to scores, for `queries` `[batch, heads, group, q, ..]` with groups as more rows.
-
-    Returns:
-        `[batch or 1, heads or 1, group * q or 1, columns]` float32.
-    """
-    mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-    mask = mask.float()
-    heads, group, num_queries = queries.shape[1:4]
-    if mask.shape[1] > 1:
-        mask = mask.unflatten(1, (heads, group))
-        return mask.expand(-1, -1, -1, num_queries, -1).flatten(2, 3)
-    if mask.shape[2] == 1:
-        return mask
-    return mask.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
