@@ -61,17 +61,19 @@ def _read(arguments, options, backend, device, dtype=torch.float32):
     return Attended(*(part.cpu() for part in (seen.maximum, seen.total, seen.mixed)))
 
 
+def _numbers(codes):
+    """Of every byte the low bits, then the high ones."""
+    return torch.cat([codes & 15, codes >> 4], -1)
+
+
 def _by_hand(arguments, options, dtype):
     """The same in plain PyTorch of `dtype`: output and logarithm of the sum."""
     query, key_codes, key_levels, value_codes, value_levels = arguments
 
-    def numbers(codes):
-        return torch.cat([codes & 15, codes >> 4], -1).to(dtype)
-
     key_levels = key_levels.to(dtype).repeat_interleave(32, 2)
     value_levels = value_levels.to(dtype).repeat_interleave(32, 3)
-    keys = numbers(key_codes) * key_levels[..., 0] + key_levels[..., 1]
-    values = numbers(value_codes) * value_levels[..., 0] + value_levels[..., 1]
+    keys = _numbers(key_codes).to(dtype) * key_levels[..., 0] + key_levels[..., 1]
+    values = _numbers(value_codes).mT.flatten(2, 3).to(dtype) * value_levels[..., 0] + value_levels[..., 1]
     if "block_table" in options:
         slots = (options["block_table"][..., None] * 32 + torch.arange(32)).flatten(1).long()
         keys, values = (torch.stack([p[:, s] for p, s in zip(part, slots, strict=True)]) for part in (keys, values))
@@ -145,7 +147,7 @@ def test_codes_are_within_half_a_step(dtype):
     keys, values = (torch.randn(2, 3, 64, width, generator=generator).mul(9).to(dtype) for width in (96, 32))
     key_codes, key_levels, value_codes, value_levels = dispatch.int4_encode(keys, values)
     assert key_codes.shape == (2, 3, 64, 48) and key_levels.shape == (2, 3, 2, 96, 2)
-    assert value_codes.shape == (2, 3, 64, 16) and value_levels.shape == (2, 3, 64, 1, 2)
+    assert value_codes.shape == (2, 3, 2, 32, 16) and value_levels.shape == (2, 3, 64, 1, 2)
     assert {key_codes.dtype, value_codes.dtype} == {torch.uint8}
     assert {key_levels.dtype, value_levels.dtype} == {torch.float16}
     key_levels, value_levels = (
@@ -153,10 +155,10 @@ def test_codes_are_within_half_a_step(dtype):
         value_levels.float().repeat_interleave(32, 3),
     )
     for x, codes, (scale, low) in (
-        (keys, key_codes, key_levels.unbind(-1)),
-        (values, value_codes, value_levels.unbind(-1)),
+        (keys, _numbers(key_codes), key_levels.unbind(-1)),
+        (values, _numbers(value_codes).mT.flatten(2, 3), value_levels.unbind(-1)),
     ):
-        error = torch.cat([codes & 15, codes >> 4], -1) * scale + low - x.float()
+        error = codes * scale + low - x.float()
         # levels are rounded to float16, the largest by 15 steps and a minimum
         assert (error.abs() <= scale * 0.5 + (15 * scale + low.abs()) * 2**-10).all()
 
@@ -176,7 +178,7 @@ def test_numbers_beyond_float16_products_are_read():
 def test_a_preallocated_cache_is_read_without_a_copy():
     keys, values = torch.randn(2, 2, 96, 32), torch.randn(2, 2, 96, 64)
     encoded, query = dispatch.int4_encode(keys, values), torch.randn(2, 2, 1, 32)
-    part = [encoded[0][:, :, :64], encoded[1][:, :, :2], encoded[2][:, :, :64], encoded[3][:, :, :64]]
+    part = [encoded[0][:, :, :64], encoded[1][:, :, :2], encoded[2][:, :, :2], encoded[3][:, :, :64]]
     expected = dispatch.int4_decode(query, *(x.contiguous() for x in part), backend="reference").result()
     seen = dispatch.int4_decode(*(x.to(DEVICE) for x in (query, *part)), backend="triton").result()
     torch.testing.assert_close(seen.cpu(), expected, rtol=0, atol=1e-5)

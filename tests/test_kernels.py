@@ -102,7 +102,10 @@ def test_components_are_those_of_the_reference_in_any_company(shape, width, comp
     error = (got.cpu() - expected) / sizes
     torch.testing.assert_close(error, expected * 0, rtol=0, atol=1e-6, equal_nan=True)
     some = dispatch.analyse(arguments[0][:1, 1::2].contiguous(), *arguments[1:], backend="triton")
-    assert torch.equal(some.nan_to_num(), got[:1, 1::2].nan_to_num())
+    # on a GPU the same bits; the interpreter multiplies by NumPy, which sums rows of a matrix in orders of its own
+    difference = (some - got[:1, 1::2]).cpu() / sizes[:1, 1::2]
+    bound = 0 if DEVICE == "cuda" else 1e-6
+    torch.testing.assert_close(difference, expected[:1, 1::2] * 0, rtol=0, atol=bound, equal_nan=True)
 
 
 @given(

@@ -1,7 +1,8 @@
 """Keys and values as four bits a number, and attention straight from them: the specification.
 
 The layout is that of KIVI: channels of keys differ from each other and tokens little, so a scale and a minimum belong
-to a channel over 32 consecutive tokens. Of values they belong to a token, over 32 consecutive channels.
+to a channel over 32 consecutive tokens. Of values they belong to a token, over 32 consecutive channels. What attention
+sums up stands side by side: the numbers of a token's key, and the numbers that 32 tokens have in a channel of values.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .attend import Attended, attend
-from .quantize import dequantize, pack, quantize, unpack
+from .quantize import pack, quantize, unpack
 
 NBITS = 4
 # tokens that share the levels of a channel of keys, and channels that share the levels of a token's values
@@ -28,7 +29,7 @@ def int4_encode(
     Returns:
         key_codes: `[batch, heads, n, head_dim / 2]` uint8, the first half of the channels in the low bits.
         key_levels: `[batch, heads, n / 32, head_dim, 2]` float16, scale and minimum.
-        value_codes: `[batch, heads, n, value_dim / 2]` uint8, likewise.
+        value_codes: `[batch, heads, n / 32, value_dim, 16]` uint8, the first half of 32 tokens in the low bits.
         value_levels: `[batch, heads, n, value_dim / 32, 2]` float16.
 
     Raises:
@@ -41,10 +42,16 @@ def int4_encode(
     ):
         if size % GROUP:
             raise ValueError(f"int4 wants {name} in groups of {GROUP}, got {size}.")
-    # a channel's tokens are quantised as a row of their own, one code a byte, and packed with the other channels
-    key_codes, key_levels = quantize(key_states.float().unflatten(2, (-1, GROUP)).mT, NBITS, GROUP)
-    key_codes = torch.cat(unpack(key_codes, NBITS), dim=-1).mT.flatten(2, 3)
-    return pack(key_codes, NBITS), key_levels.squeeze(-2), *quantize(value_states.float(), NBITS, GROUP)
+    key_codes, key_levels = _quantize(key_states.float().unflatten(2, (-1, GROUP)).mT)
+    value_codes, value_levels = _quantize(value_states.float())
+    key_codes, value_codes = key_codes.mT.flatten(2, 3), value_codes.unflatten(2, (-1, GROUP)).mT
+    return pack(key_codes, NBITS), key_levels.squeeze(-2), pack(value_codes, NBITS), value_levels
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, one a byte, and levels."""
+    codes, levels = quantize(x, NBITS, GROUP)
+    return torch.cat(unpack(codes, NBITS), dim=-1), levels
 
 
 def int4_decode(
@@ -72,20 +79,18 @@ def int4_decode(
     Returns:
         of values, `[batch, heads, queries, value_dim]`.
     """
-    # [batch, heads, blocks, 32, ...]
-    key_codes, value_codes, value_levels = (
-        part.unflatten(2, (-1, GROUP)) for part in (key_codes, value_codes, value_levels)
-    )
+    # [batch, heads, blocks, ...]
+    encoded = [key_codes.unflatten(2, (-1, GROUP)), key_levels, value_codes, value_levels.unflatten(2, (-1, GROUP))]
     if block_table is not None:
         rows = torch.arange(len(query), device=query.device)[:, None]
-        key_codes, key_levels, value_codes, value_levels = (
-            part.transpose(1, 2)[rows, block_table].transpose(1, 2)
-            for part in (key_codes, key_levels, value_codes, value_levels)
-        )
+        encoded = [part.transpose(1, 2)[rows, block_table].transpose(1, 2) for part in encoded]
+    key_codes, key_levels, value_codes, value_levels = encoded
     codes = torch.cat(unpack(key_codes, NBITS), dim=-1).float()
     scale, low = key_levels.float().unsqueeze(3).unbind(-1)
     key_states = (codes * scale + low).flatten(2, 3)
-    value_states = dequantize(value_codes, value_levels, NBITS).flatten(2, 3)
+    codes = torch.cat(unpack(value_codes, NBITS), dim=-1).mT.unflatten(-1, (-1, GROUP)).float()
+    scale, low = value_levels.float().unsqueeze(-1).unbind(-2)
+    value_states = (codes * scale + low).flatten(-2).flatten(2, 3)
     if lengths is not None:
         is_behind = (torch.arange(key_states.shape[2], device=query.device) >= lengths[:, None])[:, None, None]
         # zero times what is not a number is none either

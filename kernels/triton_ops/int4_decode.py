@@ -25,7 +25,7 @@ def tile(width: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     if dtype == torch.float32 or capability < 80 or width > 128:
         return {"BLOCK_TOKENS": 64, "num_warps": 4, "num_stages": 1, "programs": 2, "columns": 16}
     # single warps: none waits for another
-    return {"BLOCK_TOKENS": 32, "num_warps": 1, "num_stages": 4, "programs": 8, "columns": 4}
+    return {"BLOCK_TOKENS": 32, "num_warps": 1, "num_stages": 3, "programs": 8, "columns": 4}
 
 
 def shapes(head_dim: int, value_dim: int, num_queries: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
@@ -40,7 +40,6 @@ def shapes(head_dim: int, value_dim: int, num_queries: int, dtype: torch.dtype, 
         | {
             "IS_EXACT": dtype == torch.float32,
             "KEY_BLOCK": triton.next_power_of_2(words["KEY_WORDS"]),
-            "VALUE_BLOCK": triton.next_power_of_2(words["VALUE_WORDS"]),
             "QUERIES": queries,
             "GROUPS": max(columns // queries, triton.next_power_of_2(value_dim // GROUP.value)),
         }
@@ -60,7 +59,7 @@ def int4_decode(
     """See `reference.int4_decode`."""
     batch, heads, num_queries, head_dim = query.shape
     num_tokens = key_codes.shape[2] if block_table is None else GROUP.value * block_table.shape[1]
-    value_dim, device = 2 * value_codes.shape[-1], query.device
+    value_dim, device = value_codes.shape[-2], query.device
     options = shapes(head_dim, value_dim, num_queries, query.dtype, capability(device))
     programs = options.pop("programs") * _processors(device)
     rows, parts = heads * num_queries, triton.cdiv(num_queries, options["QUERIES"])

@@ -16,7 +16,7 @@ from .attend_kernels import LARGEST_WEIGHT, LOG2E, LOWEST
 
 # tokens of a block of keys, channels of a group of values
 GROUP = tl.constexpr(32)
-# queries and weights times scales are at most this: small ones are not lost in float16 either
+# weights times scales are at most this: small ones are not lost in float16 either
 LARGEST = tl.constexpr(32768.0)
 # of two bytes of a word, the codes in the low bits or those in the high ones
 LOW, HIGH = tl.constexpr(0x000F000F), tl.constexpr(0x00F000F0)
@@ -25,7 +25,7 @@ ANY = "num_tokens span num_heads num_queries mask_row mask_head mask_query mask_
 
 
 @triton.jit
-def channel_of(place):
+def byte_of(place):
     """Of a number that was unpacked: bytes 0 and 2 of a word stand side by side, then 1 and 3."""
     return place // 4 * 4 + place % 2 * 2 + place // 2 % 2
 
@@ -46,9 +46,8 @@ def load(spot, mask, IS_WHOLE: tl.constexpr):
 
 @triton.jit
 def levels_of(words):
-    """Scale and minimum, float32."""
-    scale, low = words.to(tl.int16), (words >> 16).to(tl.int16)
-    return scale.to(tl.float16, bitcast=True).to(tl.float32), low.to(tl.float16, bitcast=True).to(tl.float32)
+    """Scale and minimum, float16."""
+    return words.to(tl.int16).to(tl.float16, bitcast=True), (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -56,7 +55,7 @@ def int4_kernel(
     query,  # [batch, heads, queries, 8 * key_words] floating
     key_codes,  # [batch, heads, slots, key_words] int32
     key_levels,  # [batch, heads, slots / 32, 8 * key_words] int32
-    value_codes,  # [batch, heads, slots, value_words] int32
+    value_codes,  # [batch, heads, slots / 32, 8 * value_words, 4] int32
     value_levels,  # [batch, heads, slots, value_words / 4] int32
     mask,  # float32
     block_table,  # [batch, blocks] int32
@@ -86,13 +85,14 @@ def int4_kernel(
     IS_EXACT: tl.constexpr,  # products in float32
     KEY_WORDS: tl.constexpr,  # of a token
     VALUE_WORDS: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,  # the same rounded up to a power of two
-    VALUE_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,  # KEY_WORDS rounded up to a power of two
     QUERIES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,  # of value channels, likewise
     BLOCK_TOKENS: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = BLOCK_TOKENS // GROUP
+    HALF: tl.constexpr = BLOCK_TOKENS // 2
+    CHANNELS: tl.constexpr = GROUPS * GROUP
     DTYPE: tl.constexpr = tl.float32 if IS_EXACT else tl.float16
     # what a product of codes is multiplied by
     UNIT: tl.constexpr = 1.0 if IS_EXACT else 16777216.0
@@ -108,52 +108,60 @@ def int4_kernel(
     if HAS_LENGTHS:
         end = tl.minimum(end, tl.load(lengths + row))
 
-    word, byte = tl.arange(0, KEY_BLOCK), channel_of(tl.arange(0, 4 * KEY_BLOCK))
-    value_word, group = tl.arange(0, VALUE_BLOCK), tl.arange(0, GROUPS)
+    word, byte = tl.arange(0, KEY_BLOCK), byte_of(tl.arange(0, 4 * KEY_BLOCK))
+    group, channel, quarter = tl.arange(0, GROUPS), tl.arange(0, CHANNELS), tl.arange(0, 4 * BLOCKS)
     # [bytes, 1, QUERIES], of the low codes and of the high ones
     number = query + rows[None, :] * (8 * KEY_WORDS) + byte[:, None]
     is_number = (byte < 4 * KEY_WORDS)[:, None] & is_query[None, :]
-    low_query = (tl.load(number, mask=is_number, other=0.0).to(tl.float32) * LOG2E)[:, None, :]
-    high_query = (tl.load(number + 4 * KEY_WORDS, mask=is_number, other=0.0).to(tl.float32) * LOG2E)[:, None, :]
-    # float16 has a range that queries times scales may leave: the largest of both are made 1
+    low_query = tl.load(number, mask=is_number, other=0.0).to(tl.float32)[:, None, :]
+    high_query = tl.load(number + 4 * KEY_WORDS, mask=is_number, other=0.0).to(tl.float32)[:, None, :]
+    # at most 1, so that no product with a scale leaves the range of float16; by a power of two, which rounds nothing
     strength = tl.maximum(tl.maximum(tl.max(tl.abs(low_query)), tl.max(tl.abs(high_query))), 1e-30)
+    strength = tl.exp2(tl.ceil(tl.log2(strength)))
+    low_query, high_query = low_query / strength, high_query / strength
+    # high codes stand 16 times as high
+    low_half, high_half = low_query.to(DTYPE), (high_query / 16).to(DTYPE)
+    strength *= LOG2E
 
     maximum = tl.full([QUERIES], LOWEST, tl.float32)
     # of each place in a tile, to be put together at the end
     total = tl.zeros([BLOCK_TOKENS, QUERIES], tl.float32)
     bottom = tl.zeros([BLOCK_TOKENS, GROUPS, QUERIES], tl.float32)
-    low_sums = tl.zeros([4 * VALUE_BLOCK, GROUPS * QUERIES], tl.float32)
-    high_sums = tl.zeros([4 * VALUE_BLOCK, GROUPS * QUERIES], tl.float32)
-    own = (tl.arange(0, BLOCK_TOKENS)[:, None] // GROUP == tl.arange(0, BLOCKS)[None, :])[:, :, None]
+    sums = tl.zeros([CHANNELS, GROUPS * QUERIES], tl.float32)
+    # tokens as values are unpacked: first those of low codes
+    place = tl.arange(0, BLOCK_TOKENS)
+    place = place % HALF // 16 * GROUP + place // HALF * 16 + byte_of(place % 16)
+    own = (place[:, None] // GROUP == tl.arange(0, BLOCKS)[None, :])[:, :, None]
     begin = tl.program_id(0) * span
     for start in range(begin, tl.minimum(begin + span, end), BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
+        token = start + place
         # behind the end the last token is read again: cheaper than not to read
         slot = tl.minimum(token, end - 1)
         block = tl.minimum(start + tl.arange(0, BLOCKS) * GROUP, end - 1) // GROUP
+        value_block = tl.minimum(start + quarter // 4 * GROUP, end - 1) // GROUP
         if HAS_TABLE:
             table = block_table + row * (num_tokens // GROUP)
             slot = tl.load(table + slot // GROUP) * GROUP + slot % GROUP
-            block = tl.load(table + block)
+            block, value_block = tl.load(table + block), tl.load(table + value_block)
 
         # queries times the scales of each block: [bytes, BLOCKS, QUERIES]
         spot = key_levels + block[None, :] * (8 * KEY_WORDS) + byte[:, None]
         is_level = (byte < 4 * KEY_WORDS)[:, None]
         low_scale, low = levels_of(load(spot, is_level, KEY_BLOCK == KEY_WORDS))
         high_scale, high = levels_of(load(spot + 4 * KEY_WORDS, is_level, KEY_BLOCK == KEY_WORDS))
-        lowest = tl.sum(low_query * low[:, :, None] + high_query * high[:, :, None], 0)
-        most = tl.maximum(tl.max(tl.maximum(low_scale, high_scale)) * strength, 1e-30)
-        low_fold = low_query * (low_scale * (LARGEST / most))[:, :, None]
-        # high codes stand 16 times as high
-        high_fold = high_query * (high_scale * (LARGEST / 16 / most))[:, :, None]
-        low_fold = tl.reshape(low_fold.to(DTYPE), [4 * KEY_BLOCK, BLOCKS * QUERIES])
-        high_fold = tl.reshape(high_fold.to(DTYPE), [4 * KEY_BLOCK, BLOCKS * QUERIES])
-        words = load(
-            key_codes + slot[:, None] * KEY_WORDS + word[None, :], (word < KEY_WORDS)[None, :], KEY_BLOCK == KEY_WORDS
-        )
+        lowest = low_query * low.to(tl.float32)[:, :, None] + high_query * high.to(tl.float32)[:, :, None]
+        lowest = tl.sum(lowest, 0) * strength
+        # scales as large as float16 has room for, by a power of two again
+        most = tl.max(tl.maximum(low_scale, high_scale).to(tl.float32))
+        raised = tl.exp2(15 - tl.ceil(tl.log2(tl.maximum(most, 1.0))))
+        low_scale, high_scale = low_scale * raised.to(tl.float16), high_scale * raised.to(tl.float16)
+        low_fold = tl.reshape(low_half * low_scale[:, :, None], [4 * KEY_BLOCK, BLOCKS * QUERIES])
+        high_fold = tl.reshape(high_half * high_scale[:, :, None], [4 * KEY_BLOCK, BLOCKS * QUERIES])
+        words = key_codes + slot[:, None] * KEY_WORDS + word[None, :]
+        words = load(words, (word < KEY_WORDS)[None, :], KEY_BLOCK == KEY_WORDS)
         scores = tl.dot(unpack(words, LOW, IS_EXACT), low_fold, input_precision="ieee")
         scores = tl.dot(unpack(words, HIGH, IS_EXACT), high_fold, scores, input_precision="ieee")
-        scores = tl.reshape(scores, [BLOCK_TOKENS, BLOCKS, QUERIES]) * (most * (UNIT / LARGEST)) + lowest[None]
+        scores = tl.reshape(scores, [BLOCK_TOKENS, BLOCKS, QUERIES]) * (strength * UNIT / raised) + lowest[None]
         # [BLOCK_TOKENS, QUERIES]
         scores = tl.sum(tl.where(own, scores, 0.0), 1)
         is_token = token < end
@@ -167,39 +175,28 @@ def int4_kernel(
         shrink = tl.exp2(maximum - largest)
         maximum, total = largest, total * shrink[None, :] + weight
 
-        # weights times the scales of each group: [BLOCK_TOKENS, GROUPS, QUERIES]
+        # weights times the scales of each group: [BLOCK_TOKENS, GROUPS, QUERIES], as large as float16 has room for
         spot = value_levels + slot[:, None] * (VALUE_WORDS // 4) + group[None, :]
-        is_level = (group < VALUE_WORDS // 4)[None, :]
-        scale, low = levels_of(load(spot, is_level, GROUPS == VALUE_WORDS // 4))
+        scale, low = levels_of(load(spot, (group < VALUE_WORDS // 4)[None, :], GROUPS == VALUE_WORDS // 4))
+        scale, low = scale.to(tl.float32), low.to(tl.float32)
         bottom = bottom * shrink[None, None, :] + weight[:, None, :] * low[:, :, None]
         most = tl.maximum(tl.max(scale), 1e-30)
         fold = weight[:, None, :] * (scale * (LARGEST / most))[:, :, None]
-        fold = tl.reshape(fold.to(DTYPE), [BLOCK_TOKENS, GROUPS * QUERIES])
-        words = load(
-            value_codes + slot[:, None] * VALUE_WORDS + value_word[None, :],
-            (value_word < VALUE_WORDS)[None, :],
-            VALUE_BLOCK == VALUE_WORDS,
-        )
+        fold = tl.permute(tl.reshape(fold, [2, HALF, GROUPS * QUERIES]), (1, 2, 0))
+        low_fold, high_fold = tl.split(fold)
+        words = value_codes + (value_block * (32 * VALUE_WORDS) + quarter % 4)[None, :] + channel[:, None] * 4
+        words = load(words, (channel < 8 * VALUE_WORDS)[:, None], GROUPS == VALUE_WORDS // 4)
+        part = tl.dot(unpack(words, LOW, IS_EXACT), low_fold.to(DTYPE), input_precision="ieee")
+        part = tl.dot(unpack(words, HIGH, IS_EXACT), (high_fold / 16).to(DTYPE), part, input_precision="ieee")
         shrink = tl.reshape(tl.broadcast_to(shrink[None, :], [GROUPS, QUERIES]), [GROUPS * QUERIES])[None, :]
-        part = tl.dot(tl.trans(unpack(words, LOW, IS_EXACT)), fold, input_precision="ieee")
-        low_sums = low_sums * shrink + part * (most * (UNIT / LARGEST))
-        part = tl.dot(tl.trans(unpack(words, HIGH, IS_EXACT)), fold, input_precision="ieee")
-        high_sums = high_sums * shrink + part * (most * (UNIT / LARGEST / 16))
+        sums = sums * shrink + part * (most * (UNIT / LARGEST))
 
     held = (tl.program_id(0) * tl.num_programs(2) + row) * num_heads * num_queries + head * num_queries + asked
     tl.store(maxima + held, maximum, mask=is_query)
     tl.store(totals + held, tl.sum(total, 0) * LARGEST_WEIGHT, mask=is_query)
-    place, lowest = channel_of(tl.arange(0, 4 * VALUE_BLOCK)), tl.sum(bottom, 0)
-    is_held = (place < 4 * VALUE_WORDS)[:, None] & is_query[None, :]
-    spot = mixed + held[None, :] * (8 * VALUE_WORDS) + place[:, None]
-    tl.store(spot, own_sums(low_sums, lowest, place) * LARGEST_WEIGHT, mask=is_held)
-    place += 4 * VALUE_WORDS
-    tl.store(spot + 4 * VALUE_WORDS, own_sums(high_sums, lowest, place) * LARGEST_WEIGHT, mask=is_held)
-
-
-@triton.jit
-def own_sums(sums, bottom, channel):
-    """Of all groups' columns, each channel's own, with what the minima of that group add: `[channels, queries]`."""
-    own = channel[:, None] // GROUP == tl.arange(0, bottom.shape[0])[None, :]
-    sums = tl.reshape(sums, [channel.shape[0], bottom.shape[0], bottom.shape[1]]) + bottom[None]
-    return tl.sum(tl.where(own[:, :, None], sums, 0.0), 1)
+    # of all groups' columns each channel's own, with what the minima of that group add
+    sums = tl.reshape(sums, [CHANNELS, GROUPS, QUERIES]) + tl.sum(bottom, 0)[None]
+    own = (channel[:, None] // GROUP == group[None, :])[:, :, None]
+    sums = tl.sum(tl.where(own, sums, 0.0), 1)
+    spot = mixed + held[None, :] * (8 * VALUE_WORDS) + channel[:, None]
+    tl.store(spot, sums * LARGEST_WEIGHT, mask=(channel < 8 * VALUE_WORDS)[:, None] & is_query[None, :])
