@@ -29,7 +29,6 @@ from .kernels.reference import (
     quantize,
     reconstruct,
     score,
-    vector_dequantize,
     weigh,
 )
 
@@ -64,7 +63,15 @@ __all__ = [
 BACKENDS = ("reference", "triton")
 LEAST_CAPABILITY = (7, 5)
 # what a GPU does with Triton by itself: measured, and faster there (docs/kernels.md)
-CHOSEN = ("analyse", "int4_decode", "nearest_references", "reconstruct_and_attend", "unrotate", "vector_quantize")
+CHOSEN = (
+    "analyse",
+    "int4_decode",
+    "nearest_references",
+    "reconstruct_and_attend",
+    "unrotate",
+    "vector_dequantize",
+    "vector_quantize",
+)
 
 
 def analyse(
@@ -122,6 +129,20 @@ def vector_quantize(
 ) -> torch.Tensor:
     """See `kernels/reference/vector_quantize.py`; every backend gives the same bytes."""
     return _op("vector_quantize", backend, x.device)(x, starts, tables, steps, groups)
+
+
+def vector_dequantize(
+    codes: torch.Tensor,
+    starts: list[int],
+    tables: list[torch.Tensor],
+    scale: torch.Tensor,
+    scratch: torch.Tensor | None = None,
+    groups: Groups | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/vector_quantize.py`; every backend gives the same numbers."""
+    op = _op("vector_dequantize", backend, codes.device)
+    return op(codes, starts, tables, scale, scratch, groups)
 
 
 def reconstruct_and_attend(

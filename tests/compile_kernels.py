@@ -13,7 +13,9 @@ from deltakv_hf.kernels.triton_ops import (
     int4_decode,
     int4_kernels,
     nearest_references,
+    round_rows,
     unrotate,
+    vector_dequantize,
     vector_quantize,
 )
 from deltakv_hf.kernels.triton_ops import reconstruct_and_attend as ra
@@ -33,6 +35,10 @@ NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "fou
 NEAREST |= integers("num_tokens num_references part_size", "width")
 ASSIGN = {"table": "*i16", "codes": "*u8"} | dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
 ASSIGN |= integers("num_tokens num_components num_bytes first_group")
+PICK = {"table": "*i16", "codes": "*u8", "group_idx": "*i32"}
+PICK |= dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
+PICK |= integers("num_tokens num_bytes num_components num_coded")
+ROUND = {"codes": "*i8", "share": "fp32"} | integers("", "width room")
 SPLIT = {"parts": "*fp16"} | integers("", "width room")
 MULTIPLY = {"parts": "*fp16", "inverse": "*fp16"}
 MULTIPLY |= integers("num_tokens", "num_components width room")
@@ -70,6 +76,10 @@ def kernels(capability: int):
         constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
         tile = nearest_references.tile(capability)
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
+    for block, num_warps in ((2048, 4), (8192, 8)):
+        options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        yield round_rows.round_kernel, ROUND, {"BLOCK": block}, options
+    yield vector_dequantize.pick_kernel, PICK, dict(vector_dequantize.TILE), {}
     for is_long, in_bits in ((False, False), (True, False), (False, True), (True, True)):
         constants = {"IS_LONG": is_long, "IN_BITS": in_bits, "TOKENS": vector_quantize.TOKENS}
         yield vector_quantize.assign_kernel, ASSIGN, constants | vector_quantize.TILE, {}

@@ -160,6 +160,15 @@ def test_vectors_are_those_of_the_reference(assignment):
     expected = dispatch.vector_quantize(x, starts, tables, steps, backend="reference")
     placed = x.to(DEVICE), starts, *([part.to(DEVICE) for part in parts] for parts in (tables, steps))
     assert torch.equal(dispatch.vector_quantize(*placed, backend="triton").cpu(), expected)
+    scale = torch.zeros(x.shape[-1])
+    for start, table, step in zip(starts, tables, steps, strict=True):
+        scale[start : start + len(step) * table.shape[2]] = step.repeat_interleave(table.shape[2])
+    # codes with any axes, into memory that held anything
+    codes, scratch = expected.unsqueeze(1), torch.full((x.numel() + 3,), torch.nan)
+    back = dispatch.vector_dequantize(codes, starts, tables, scale, backend="reference")
+    placed = codes.to(DEVICE), *placed[1:3], scale.to(DEVICE)
+    for memory in (None, scratch.to(DEVICE)):
+        assert torch.equal(dispatch.vector_dequantize(*placed, memory, backend="triton").cpu(), back)
 
 
 def random_book(draw, generator: torch.Generator, components: int) -> Codebook:

@@ -62,14 +62,16 @@ class Codebook:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, num_components]` float32 -> `[batch, tokens, num_bytes]` uint8."""
-        groups = self.groups if dispatch.has_kernels(x.device) else None
-        return dispatch.vector_quantize(x, self.starts, self.tables, self.steps, groups)
+        return dispatch.vector_quantize(x, self.starts, self.tables, self.steps, self._groups_of(x))
 
     def decode(self, codes: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """`[batch, ..., num_bytes]` uint8 -> `[batch, ..., num_components]` float32."""
-        return dispatch.vector_dequantize(codes, self.starts, self.tables, self.scale, scratch)
+        return dispatch.vector_dequantize(codes, self.starts, self.tables, self.scale, scratch, self._groups_of(codes))
+
+    def _groups_of(self, x: torch.Tensor) -> dispatch.Groups | None:
+        return self.groups if dispatch.has_kernels(x.device) else None
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
         made = self.__dict__.get("groups", ())
-        return [*self.tables, *self.steps, self.scale, *made[:7]]
+        return [*self.tables, *self.steps, self.scale, *made[:8]]

@@ -31,6 +31,7 @@ class Groups(NamedTuple):
         table: `[entries]` int16, vectors of one group after the other.
         first_component, first_entry, size, byte_idx: `[groups]` int32.
         step, limit: `[groups]` float32, the grid's.
+        group_idx: `[components up to the last coded]` int32, the group of each component; -1 where there is none.
         classes: first group, number of groups, whether vectors have more than `SHORT` numbers, and whether a distance
             and the number of a vector fit into 31 bits.
     """
@@ -42,6 +43,7 @@ class Groups(NamedTuple):
     byte_idx: torch.Tensor
     step: torch.Tensor
     limit: torch.Tensor
+    group_idx: torch.Tensor
     classes: list[tuple[int, int, bool, bool]]
 
 
@@ -65,7 +67,10 @@ def group_runs(starts: list[int], tables: list[torch.Tensor], steps: list[torch.
     byte_idx, limits = columns[3:]
     step = torch.cat(steps)[byte_idx.long()] if steps else limits.float()
     table = torch.cat([part.flatten().short() for part in tables]) if tables else limits.short()
-    return Groups(table, *columns[:4], step, limits.float(), classes)
+    group_idx = torch.full((max((row[2] + row[4] for row in rows), default=0),), -1, dtype=torch.int32)
+    for group, row in enumerate(rows):
+        group_idx[row[2] : row[2] + row[4]] = group
+    return Groups(table, *columns[:4], step, limits.float(), group_idx.to(device), classes)
 
 
 def vector_quantize(
@@ -114,6 +119,7 @@ def vector_dequantize(
     tables: list[torch.Tensor],
     scale: torch.Tensor,
     scratch: torch.Tensor | None = None,
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """Inverse of `vector_quantize`; components outside of every run are zero.
 
@@ -123,6 +129,7 @@ def vector_dequantize(
         tables: of each run, `[groups, 256, size]` integers.
         scale: `[components]` float32, the step of the group that holds each.
         scratch: 1-D float32 to hold the result.
+        groups: as for `vector_quantize`.
 
     Returns:
         `[batch, ..., components]` float32.

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.nearest_references import num_levels, round_rows
+from ..reference.nearest_references import num_levels
 from .capability import capability
+from .round_rows import round_rows
 
 # numbers of a row that are read at once
 BLOCK_WIDTH = 128
@@ -101,19 +102,12 @@ def nearest_references(
     found = torch.zeros(top_k, batch, num_tokens, dtype=torch.int32, device=tokens.device)
     if num_tokens == 0:
         return found.permute(1, 2, 0).long()
-    with torch.autocast(tokens.device.type, enabled=False):
-        codes, scale = round_rows(tokens, num_levels(width))
-        reference_codes, reference_scale = round_rows(references, num_levels(width))
-        squares = (reference_codes * reference_codes).sum(-1) * (reference_scale * reference_scale)
+    levels = num_levels(width)
+    codes, scales, _ = round_rows(tokens, levels, BLOCK_WIDTH)
+    reference_codes, reference_scales, squares = round_rows(references, levels, BLOCK_WIDTH)
     distances = torch.empty(top_k, batch, num_tokens, dtype=torch.float32, device=tokens.device)
-    arguments = (
-        _in_bytes(codes),
-        scale,
-        _in_bytes(reference_codes),
-        2 * reference_scale,
-        squares,
-        num_visible.expand(batch, -1).to(torch.int32).contiguous(),
-    )
+    visible = num_visible.expand(batch, -1).to(torch.int32).contiguous()
+    arguments = codes, scales, reference_codes, 2 * reference_scales, squares, visible
     card = capability(tokens.device)
     options = {"IN_BYTES": card >= 80} | tile(card)
     blocks = triton.cdiv(num_tokens, options["BLOCK_TOKENS"])
@@ -145,11 +139,3 @@ def tile(capability: int) -> dict[str, int]:
     if capability < 80:
         return {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 64, "BLOCK_WIDTH": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_TOKENS": 64, "BLOCK_REFERENCES": 128, "BLOCK_WIDTH": BLOCK_WIDTH, "num_warps": 4, "num_stages": 3}
-
-
-def _in_bytes(codes: torch.Tensor) -> torch.Tensor:
-    """Rows of integers as int8, filled up with zeros: rows that begin at whole words are read by the word."""
-    width = codes.shape[-1]
-    rows = codes.new_zeros(*codes.shape[:-1], triton.cdiv(width, BLOCK_WIDTH) * BLOCK_WIDTH, dtype=torch.int8)
-    rows[..., :width] = codes.nan_to_num_()
-    return rows
