@@ -56,7 +56,7 @@ INDICES = (
 )
 DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride", "width room")
 DECODE |= integers("reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2")
-SCORE = HALVES | INDICES | integers("first num_tokens num_components num_heads num_queries angle_stride")
+SCORE = HALVES | INDICES | integers("first num_tokens num_components part_size num_heads num_queries angle_stride")
 SCORE |= integers("mask_row mask_head mask_query mask_token", "width room half pairs map_stride")
 MIX = HALVES | integers("chunk count num_components num_rows row_blocks", "span width room")
 MERGE = integers("num_spans num_components")
@@ -98,7 +98,7 @@ def kernels(capability: int):
             yield attend_kernels.score_kernel, types, constants | ra.score_tile(half, dtype, capability), {}
     for rows in (16, 64):
         for dtype, types in ((torch.float16, MIX), (torch.float32, {n: t for n, t in MIX.items() if t != "*fp16"})):
-            constants = {"ROWS": rows, "num_stages": ra.mix_stages(dtype)} | ra.MIX_TILE
+            constants = {"PARTS": 2, "ROWS": rows, "num_stages": ra.mix_stages(dtype)} | ra.MIX_TILE
             yield attend_kernels.mix_kernel, types, constants, {}
     for head_dim, queries in ((128, 4), (96, 8), (256, 8)):
         for dtype, query in ((torch.float16, "*fp16"), (torch.float32, "*fp32")):

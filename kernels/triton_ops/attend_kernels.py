@@ -11,7 +11,7 @@ LOWEST = tl.constexpr(-3.0e38)
 LEAST = tl.constexpr(-3.4028234663852886e38)
 # what the width of loads does not depend on is no reason to compile anew
 ANY = (
-    "first num_tokens num_components num_rows num_queries num_heads num_spans chunk count row_blocks "
+    "first num_tokens num_components part_size num_rows num_queries num_heads num_spans chunk count row_blocks "
     "row_stride slot_stride reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2 "
     "angle_stride mask_row mask_head mask_query mask_token"
 ).split()
@@ -204,10 +204,11 @@ def score_kernel(
     positions,  # [batch, num_tokens] int32
     mask,  # float32
     lengths,  # [batch] int32
-    scores,  # [batch, heads * queries, room] float32, as powers of two
+    scores,  # [parts, batch, heads * queries, room] float32, as powers of two; they are the sum of the parts'
     first,
     num_tokens,
     num_components,
+    part_size,  # components of a part
     width,
     room,
     num_heads,
@@ -229,7 +230,9 @@ def score_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COMPONENTS: tl.constexpr,
 ):
-    first_head, row = tl.program_id(0) * HEADS, tl.program_id(2).to(tl.int64)
+    num_heads_up = tl.cdiv(num_heads, HEADS)
+    first_head, part = tl.program_id(0) % num_heads_up * HEADS, tl.program_id(0) // num_heads_up
+    row, batch = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     place = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     token = first + place
     is_token = token < num_tokens
@@ -238,7 +241,7 @@ def score_kernel(
     column = (first_head + numbers // (2 * HALF)) * (2 * half) + numbers % (2 * HALF)
     is_column = (first_head + numbers // (2 * HALF) < num_heads) & (numbers % (2 * HALF) < 2 * half)
     keys = tl.zeros([BLOCK_TOKENS, 2 * HALF * HEADS], tl.float32)
-    for start in range(0, num_components, BLOCK_COMPONENTS):
+    for start in range(part * part_size, tl.minimum((part + 1) * part_size, num_components), BLOCK_COMPONENTS):
         component = start + tl.arange(0, BLOCK_COMPONENTS)
         is_component = component < num_components
         z = tl.load(components + (row * room + place)[:, None] * width + component[None, :])
@@ -246,7 +249,8 @@ def score_kernel(
         weights = tl.load(weights, mask=is_component[:, None] & is_column[None, :], other=0.0)
         keys = tl.dot(z, weights, keys, input_precision="ieee")
     keys = keys * tl.load(key_scale + column, mask=is_column, other=0.0)[None, :]
-    keys = keys + tl.load(key_mean + column, mask=is_column, other=0.0)[None, :]
+    # of all parts the first has what is not of components
+    keys = keys + tl.load(key_mean + column, mask=is_column & (part == 0), other=0.0)[None, :]
     x, y = tl.split(tl.reshape(keys, [BLOCK_TOKENS, HALF * HEADS, 2]))
     numbers = tl.arange(0, HALF * HEADS)
     head, pair = first_head + numbers // HALF, numbers % HALF
@@ -279,14 +283,15 @@ def score_kernel(
         if HAS_MASK:
             spot = (q_head * mask_head + q_place * mask_query)[None, :] + token.to(tl.int64)[:, None] * mask_token
             spot += row * mask_row
-            result += tl.load(mask + spot, mask=is_token[:, None] & is_query[None, :], other=0.0)
+            result += tl.load(mask + spot, mask=is_token[:, None] & is_query[None, :] & (part == 0), other=0.0)
         result = tl.where(is_seen[:, None], result * LOG2E, float("-inf"))
+        rows += part * batch * num_heads * num_queries
         tl.store(scores + rows[None, :] * room + place[:, None], result, mask=is_query[None, :])
 
 
 @triton.jit(do_not_specialize=ANY)
 def mix_kernel(
-    scores,  # [batch, rows, room]
+    scores,  # [parts, batch, rows, room]
     components,  # [batch, room, width]
     maxima,  # [blocks, spans, batch, rows] float32, powers of two: of the chunks before, then of this one too
     totals,  # [blocks, spans, batch, rows] float32, times LARGEST_WEIGHT
@@ -299,6 +304,7 @@ def mix_kernel(
     num_rows,
     room,
     row_blocks,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COMPONENTS: tl.constexpr,
@@ -319,11 +325,11 @@ def mix_kernel(
     for start in range(part * span, tl.minimum((part + 1) * span, count), BLOCK_TOKENS):
         place = start + tl.arange(0, BLOCK_TOKENS)
         z = tl.load(components + (batch_row * room + place)[:, None] * width + component[None, :])
-        score = tl.load(
-            scores + (batch_row * num_rows + rows)[None, :] * room + place[:, None],
-            mask=is_row[None, :] & (place < count)[:, None],
-            other=float("-inf"),
-        )
+        spot_of_score = scores + (batch_row * num_rows + rows)[None, :] * room + place[:, None]
+        is_scored = is_row[None, :] & (place < count)[:, None]
+        score = tl.load(spot_of_score, mask=is_scored, other=float("-inf"))
+        for other in tl.static_range(1, PARTS):
+            score += tl.load(spot_of_score + other * batch * num_rows * room, mask=is_scored, other=0.0)
         largest = tl.maximum(maximum, tl.max(score, 0))
         weight = tl.exp2(score - largest[None, :]) * LARGEST_WEIGHT
         shrink = tl.exp2(maximum - largest)

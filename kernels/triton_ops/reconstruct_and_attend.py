@@ -22,8 +22,8 @@ MOST_SPANS, SPAN = 8, 256
 WHOLE = 128
 DECODE_TILE = {"BLOCK_TOKENS": 16, "BLOCK_COMPONENTS": 64, "num_warps": 2}
 MIX_TILE = {"BLOCK_TOKENS": 64, "BLOCK_COMPONENTS": 128, "num_warps": 8}
-# programs that do not keep a GPU busy
-FEW = 256
+# programs that do not keep a GPU busy, and into how many parts the components of a short list are cut at most
+FEW, MOST_PARTS = 256, 4
 # queries of a head that are multiplied at once; tensor cores take no fewer than 16
 FEWEST_ROWS, MOST_QUERIES = 16, 32
 
@@ -81,8 +81,12 @@ def reconstruct_and_attend(
     strides = [0] * 4 if mask is None else mask.expand(batch, heads, num_queries, num_tokens).stride()
     half = max(16, triton.next_power_of_2(head_dim // 2))
     tile = score_tile(half, dtype, capability(device))
-    if triton.cdiv(num_tokens, tile["BLOCK_TOKENS"]) * triton.cdiv(heads, tile["HEADS"]) * batch < FEW:
-        tile["BLOCK_TOKENS"] = min(64, tile["BLOCK_TOKENS"])
+    heads_up = triton.cdiv(heads, tile["HEADS"])
+    programs = triton.cdiv(num_tokens, tile["BLOCK_TOKENS"]) * heads_up * batch
+    parts = 1
+    while 2 * parts * programs <= FEW and parts < MOST_PARTS:
+        parts *= 2
+    part_size = triton.cdiv(num_components, parts * tile["BLOCK_COMPONENTS"]) * tile["BLOCK_COMPONENTS"]
     asked = min(heads, tile["HEADS"]) * num_queries
     tile["QUERIES"] = min(MOST_QUERIES, max(FEWEST_ROWS, triton.next_power_of_2(asked)))
     row_block = min(64, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
@@ -107,21 +111,22 @@ def reconstruct_and_attend(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    components, scores = new(batch, room, width, dtype=dtype), new(batch, rows, room)
+    components, scores = new(batch, room, width, dtype=dtype), new(parts, batch, rows, room)
     maxima, totals = (new(blocks, num_spans, batch, rows) for _ in range(2))
     mixed = new(num_spans, batch, rows, num_components)
     for chunk, (first, count) in enumerate(chunks):
-        sizes, tokens = (first, num_tokens, num_components, width, room), triton.cdiv(count, WHOLE) * WHOLE
+        sizes, tokens = (first, num_tokens, num_components), triton.cdiv(count, WHOLE) * WHOLE
         decode_kernel[(tokens // DECODE_TILE["BLOCK_TOKENS"], decode_blocks, batch)](
             *(codes, slots, table, *indices, *reference_parts, components),
-            *(*sizes, *codes.stride()[:2], *reference_strides, *ends),
+            *(*sizes, width, room, *codes.stride()[:2], *reference_strides, *ends),
             HAS_SLOTS=slots is not None,
             HAS_REFERENCES=references is not None,
             **DECODE_TILE,
         )
-        score_kernel[(triton.cdiv(heads, tile["HEADS"]), tokens // tile["BLOCK_TOKENS"], batch)](
+        score_kernel[(heads_up * parts, tokens // tile["BLOCK_TOKENS"], batch)](
             *(query, components, matrix, *key_map[1:], cos, sin, positions, mask, lengths, scores),
-            *(*sizes, heads, num_queries, head_dim // 2, pairs, matrix.stride(0), angle_stride, *strides),
+            *(*sizes, part_size, width, room, heads, num_queries, head_dim // 2, pairs),
+            *(matrix.stride(0), angle_stride, *strides),
             HAS_MASK=mask is not None,
             HAS_POSITIONS=positions is not None,
             HAS_LENGTHS=lengths is not None,
@@ -131,6 +136,7 @@ def reconstruct_and_attend(
         mix_kernel[(num_spans, blocks, batch * row_blocks)](
             *(scores, components, maxima, totals, mixed),
             *(chunk, span, count, num_components, width, rows, room, row_blocks),
+            PARTS=parts,
             ROWS=row_block,
             num_stages=mix_stages(dtype),
             **MIX_TILE,
