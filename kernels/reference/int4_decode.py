@@ -44,7 +44,7 @@ def int4_encode(
             raise ValueError(f"int4 wants {name} in groups of {GROUP}, got {size}.")
     key_codes, key_levels = _quantize(key_states.float().unflatten(2, (-1, GROUP)).mT)
     value_codes, value_levels = _quantize(value_states.float())
-    key_codes, value_codes = key_codes.mT.flatten(2, 3), value_codes.unflatten(2, (-1, GROUP)).mT
+    key_codes, value_codes = key_codes.mT.flatten(2, 3), value_codes.unflatten(2, (-1, GROUP)).mT.contiguous()
     return pack(key_codes, NBITS), key_levels.squeeze(-2), pack(value_codes, NBITS), value_levels
 
 

@@ -208,7 +208,7 @@ def score_kernel(
     first,
     num_tokens,
     num_components,
-    part_size,  # components of a part
+    part_size,  # blocks of components of a part
     width,
     room,
     num_heads,
@@ -241,8 +241,8 @@ def score_kernel(
     column = (first_head + numbers // (2 * HALF)) * (2 * half) + numbers % (2 * HALF)
     is_column = (first_head + numbers // (2 * HALF) < num_heads) & (numbers % (2 * HALF) < 2 * half)
     keys = tl.zeros([BLOCK_TOKENS, 2 * HALF * HEADS], tl.float32)
-    for start in range(part * part_size, tl.minimum((part + 1) * part_size, num_components), BLOCK_COMPONENTS):
-        component = start + tl.arange(0, BLOCK_COMPONENTS)
+    for block in range(part * part_size, tl.minimum((part + 1) * part_size, tl.cdiv(num_components, BLOCK_COMPONENTS))):
+        component = block * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
         is_component = component < num_components
         z = tl.load(components + (row * room + place)[:, None] * width + component[None, :])
         weights = key_map + component[:, None] * map_stride + column[None, :]

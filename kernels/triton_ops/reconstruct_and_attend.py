@@ -86,7 +86,7 @@ def reconstruct_and_attend(
     parts = 1
     while 2 * parts * programs <= FEW and parts < MOST_PARTS:
         parts *= 2
-    part_size = triton.cdiv(num_components, parts * tile["BLOCK_COMPONENTS"]) * tile["BLOCK_COMPONENTS"]
+    part_size = triton.cdiv(num_components, parts * tile["BLOCK_COMPONENTS"])
     asked = min(heads, tile["HEADS"]) * num_queries
     tile["QUERIES"] = min(MOST_QUERIES, max(FEWEST_ROWS, triton.next_power_of_2(asked)))
     row_block = min(64, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
