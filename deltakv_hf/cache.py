@@ -24,6 +24,7 @@ from .ledger import TokenLedger
 from .memory import MemoryReport, report
 from .rope import RopeRegistry
 from .saving import SavedPrompt, load, save
+from .selection import make_selector
 from .support import check_config, check_length, longrope_switch
 
 
@@ -91,7 +92,8 @@ class DeltaKVCache(CompressedCache):
                 )
             form = FORM if bare else self._probes[layer_idx].form
             make_compressor = partial(_make_layer_compressor, self.options, compressor, layer_idx)
-            layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry)
+            selector = make_selector(self.options)
+            layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry, selector)
         if offloading and not torch.accelerator.is_available():
             raise InvalidOptionError("`offloading` must be False on a machine without an accelerator, got True.")
         # a linear layer can't tell which forwards have been through it

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from .errors import InvalidOptionError
 
 # options that do not say how a token is coded
-FREE = ("num_sink_tokens", "recent_window", "block_size")
+FREE = ("num_sink_tokens", "recent_window", "block_size", "selection", "keep", "index_bytes", "sample_every")
+SELECTIONS = ("all", "coarse_to_fine")
 # raw tokens cost more, and errors of a calibrated compressor less: a smaller window is the better bargain
 COMPRESSOR_WINDOW = 64
 
@@ -33,6 +34,12 @@ class DeltaKVConfig:
         reference_nbits: bits per stored number of a reference (2, 4 or 8).
         group_size: numbers that share one fp16 scale and minimum (>= 1). Where it does not divide
             `num_key_value_heads * head_dim`, the largest divisor below it is used.
+        selection: which compressed tokens a decode step reads: "all", or "coarse_to_fine", those whose codes begin
+            most promisingly (needs a calibrated compressor). Calls of several tokens read all.
+        keep: compressed tokens of a row that a step reads with "coarse_to_fine": a number (>= 1), or a share of them
+            (a float above 0, up to 1). Where no more are held, all are read.
+        index_bytes: bytes at the beginning of a token by which it is scored then (>= 1).
+        sample_every: one of so many such steps also reads everything, for `selection_report` (>= 0; 0: none).
     """
 
     num_sink_tokens: int = 4
@@ -44,6 +51,10 @@ class DeltaKVConfig:
     nbits: int = 4
     reference_nbits: int = 8
     group_size: int = 64
+    selection: str = "all"
+    keep: int | float = 2048
+    index_bytes: int = 24
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
         check_integer("num_sink_tokens", self.num_sink_tokens, low=0)
@@ -55,6 +66,11 @@ class DeltaKVConfig:
         for name in ("nbits", "reference_nbits"):
             if getattr(self, name) not in (2, 4, 8) or isinstance(getattr(self, name), bool):
                 raise InvalidOptionError(f"`{name}` must be one of 2, 4, 8, got {getattr(self, name)!r}.")
+        if self.selection not in SELECTIONS:
+            raise InvalidOptionError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
+        check_keep(self.keep)
+        check_integer("index_bytes", self.index_bytes, low=1)
+        check_integer("sample_every", self.sample_every, low=0)
         growth = self.reference_growth
         if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 0 <= growth < float("inf"):
             raise InvalidOptionError(f"`reference_growth` must be a finite number >= 0, got {growth!r}.")
@@ -86,6 +102,17 @@ def refuse_unknown(options: dict, known: list[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise InvalidOptionError(f"`{name}` is not an option; the options are {', '.join(known)}.{hint}")
+
+
+def check_keep(keep: object) -> None:
+    """Raises unless `keep` is a number of tokens or a share."""
+    if isinstance(keep, float) and 0 < keep <= 1:
+        return
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+        raise InvalidOptionError(
+            f"`keep` must be a number of tokens (an integer >= 1) or a share of them (a float above 0, up to 1), "
+            f"got {keep!r}."
+        )
 
 
 def check_integer(name: str, value: object, *, low: int | None = None, high: int | None = None) -> None:

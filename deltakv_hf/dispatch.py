@@ -54,6 +54,7 @@ __all__ = [
     "reconstruct",
     "reconstruct_and_attend",
     "score",
+    "score_leading",
     "unrotate",
     "vector_dequantize",
     "vector_quantize",
@@ -161,6 +162,23 @@ def reconstruct_and_attend(
     """See `kernels/reference/reconstruct_and_attend.py`; backends differ in the order of sums."""
     op = _op("reconstruct_and_attend", backend, query.device)
     return op(query, codes, vectors, key_map, references, angles, mask, slots, positions, lengths)
+
+
+def score_leading(
+    query: torch.Tensor,
+    codes: torch.Tensor,
+    vectors: Vectors,
+    key_map: KeyMap,
+    references: References | None = None,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    slots: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/score_leading.py`; backends differ in the order of sums."""
+    op = _op("score_leading", backend, query.device)
+    return op(query, codes, vectors, key_map, references, angles, slots, positions, lengths)
 
 
 def unrotate(

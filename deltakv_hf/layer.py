@@ -19,6 +19,7 @@ from .lazy import lazy_pair
 from .ledger import TokenLedger
 from .reading import StateReader
 from .rope import RopeForm, RopeTables, unrotated_tokens
+from .selection import Selector
 from .state import LayerState, append, gather, pick_tokens, write_rows
 
 
@@ -31,13 +32,22 @@ class DeltaKVLayer(CacheLayerMixin):
         make_compressor: function `(key_width, value_width, device) -> compressor`.
         form: how the layer's keys are rotated, or None if they are stored as received.
         registry: the RoPE tables of the cache, which layers share.
+        selector: chooses what decode steps read; None: everything.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, layer_idx: int, ledger: TokenLedger, make_compressor, form: RopeForm | None, registry):
+    def __init__(
+        self,
+        layer_idx: int,
+        ledger: TokenLedger,
+        make_compressor,
+        form: RopeForm | None,
+        registry,
+        selector: Selector | None = None,
+    ):
         # the host's constructor sets `keys` and `values`, which are computed here
         self.is_initialized = False
         self.layer_idx = layer_idx
@@ -46,6 +56,7 @@ class DeltaKVLayer(CacheLayerMixin):
         self.tables: RopeTables | None = None
         self.compressor: Coder | None = None
         self.state: LayerState | None = None
+        self.selector = selector
         self._make_compressor = make_compressor
         self._registry = registry
         self._handed: tuple[torch.Tensor, ...] | None = None
@@ -154,9 +165,9 @@ class DeltaKVLayer(CacheLayerMixin):
         return lazy_pair(self._reader(state, layout), *shapes, *raw)
 
     def _reader(self, state: LayerState, layout: Layout) -> StateReader:
-        return StateReader(
-            state, layout, self.compressor, self.form, self.tables, self.ledger.config.num_sink_tokens, self.device
-        )
+        num_sinks = self.ledger.config.num_sink_tokens
+        held = (state, layout, self.compressor, self.form, self.tables, num_sinks, self.device)
+        return StateReader(*held, self.selector)
 
     # -- flush: raw tokens into the store ------------------------------------------------------------------------
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from . import dispatch
+from .code_reading import CodeReader
 from .compressor import Coder, TransformCompressor
-from .compressor.vectors import TokenVectors
 from .hf_compat import without_autocast
 from .layout import Layout, View
 from .masks import mask_of_raw, mask_of_slots
 from .rope import RopeForm, RopeTables
+from .selection import Selector
 from .state import LayerState, gather
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -38,6 +39,7 @@ class StateReader:
         form, tables: how keys are rotated; None if they are stored as received.
         num_sink_tokens: tokens that come before the first compressed one.
         device: where the state is.
+        selector: chooses the compressed tokens that a decode step reads; None: all.
     """
 
     state: LayerState
@@ -47,6 +49,7 @@ class StateReader:
     tables: RopeTables | None
     num_sink_tokens: int
     device: torch.device
+    selector: Selector | None = None
 
     @without_autocast
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,9 +130,14 @@ class StateReader:
         if mask is not None:
             span = slice(num_sinks, num_sinks + self.layout.compressed)
             masks = mask_of_slots(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
-        attend = self._attend_codes if self._fuses(query) else self._attend_store
-        raw = (part.float() for part in self._raw())
-        seen = attend(rows, masks[0]).merge(dispatch.attend(rows, *raw, masks[1]))
+        raw = dispatch.attend(rows, *(part.float() for part in self._raw()), masks[1])
+        fuses = self._fuses(query)
+        if self.selector is not None and query.shape[2] == 1:
+            seen = self.selector.attend(self._codes(fuses), rows, masks[0], raw)
+        elif fuses:
+            seen = self._codes(fuses).attend(rows, masks[0]).merge(raw)
+        else:
+            seen = self._attend_store(rows, masks[0]).merge(raw)
         return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
 
     def _attend_decoded(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -183,66 +191,9 @@ class StateReader:
         row_bytes = self.state.store.reference_codes[0].numel(), self.state.store.residual_codes[0].numel()
         return max(row_bytes) < 2**31 and dispatch.has_kernels(self.device)
 
-    def _attend_codes(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
-        """The same in one op for references, which may be all tokens, and one for residuals."""
-        store, transform = self.state.store, self.compressor.transform
-        lattice, count = self.compressor.lattice, self.layout.compressed
-        num_references = lattice.count(count)
-        reference_codes = store.reference_codes[:, :num_references]
-        if lattice.is_everywhere:
-            return self._attend_coded(query, mask, reference_codes, transform.reference_vectors)
-        span = lattice.span(0, count, self.device)
-        seen = self._attend_coded(query, mask, reference_codes, transform.reference_vectors, span.reference_offsets)
-        if count == num_references:
-            return seen
-        codes, coded = store.residual_codes[:, : count - num_references], transform.residual_vectors
-        references = dispatch.References(reference_codes, store.reference_idx[..., 0], *coded.added)
-        return seen.merge(self._attend_coded(query, mask, codes, coded, span.residual_offsets, references))
-
-    def _attend_coded(
-        self,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        codes: torch.Tensor,
-        coded: TokenVectors,
-        offsets: torch.Tensor | None = None,
-        references: dispatch.References | None = None,
-    ) -> dispatch.Attended:
-        """What `[batch, heads, queries, head_dim]` see in tokens of one kind.
-
-        Args:
-            codes: `[batch, n, bytes]`, read as `coded`, to be added to `references`.
-            offsets: `[n]` int64, which compressed tokens these are; None: all.
-        """
-        heads, head_dim, transform = *query.shape[1::2], self.compressor.transform
-        key_width, angles, positions = heads * head_dim, None, None
-        basis, scale, mean = transform.basis[coded.order], coded.largest / transform.weights, transform.mean
-        keys = basis[:, :key_width], scale[:key_width], mean[:key_width]
-        if self.form is not None:
-            pairs = self.tables.cos.shape[-1]
-            query = self.form.paired(query, pairs)
-            keys = (self.form.paired(part.unflatten(-1, (heads, -1)), pairs).flatten(-2) for part in keys)
-            angles, positions = self._angles(offsets)
-        if mask is not None and offsets is not None:
-            mask = mask.index_select(-1, offsets)
-        key_map = dispatch.KeyMap(*keys)
-        seen = dispatch.reconstruct_and_attend(
-            query, codes, coded.vectors, key_map, references, angles, mask, positions=positions
-        )
-        value_map = (basis[:, key_width:] * scale[key_width:]).unflatten(-1, (heads, -1)).transpose(0, 1)
-        mean = mean[key_width:].unflatten(-1, (heads, 1, -1))
-        return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ value_map + seen.total * mean)
-
-    def _angles(self, offsets: torch.Tensor | None) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
-        """Tables of angles, and where in them those of compressed tokens `offsets` stand."""
-        batch, view, count = self.state.tail_keys.shape[0], self.layout.view(self.device), self.layout.compressed
-        span, tables = slice(self.num_sink_tokens, self.num_sink_tokens + count), (self.tables.cos, self.tables.sin)
-        if view is None:
-            positions = None if offsets is None else offsets.int().expand(batch, -1).contiguous()
-            return tuple(table[:, span] for table in tables), positions
-        positions = view.columns[:, span]
-        positions = positions if offsets is None else positions.index_select(1, offsets)
-        return tables, positions.int().contiguous()
+    def _codes(self, fuses: bool) -> CodeReader:
+        held = (self.state, self.layout, self.compressor, self.form, self.tables, self.num_sink_tokens, self.device)
+        return CodeReader(*held, None if fuses else "reference")
 
     def _raw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of sinks, tail and pending tokens."""

@@ -55,6 +55,26 @@ class Codebook:
         """As a kernel reads them: made when first encoded by one, and held from then on."""
         return dispatch.group_runs(self.starts, self.tables, self.steps)
 
+    def components_in(self, num_bytes: int) -> int:
+        """How many of the first components the first bytes of a token stand for (at least those of one byte)."""
+        covered = 0
+        for start, size, step in zip(self.starts, self.sizes, self.steps, strict=True):
+            groups = min(len(step), max(1, num_bytes) - covered)
+            covered += groups
+            if covered >= num_bytes or groups < len(step):
+                return start + groups * size
+        return self.end
+
+    def leading(self, num_components: int) -> Codebook:
+        """The groups of the first components."""
+        kept = [
+            (start, table[:groups], step[:groups])
+            for start, table, step in zip(self.starts, self.tables, self.steps, strict=True)
+            if (groups := max(0, -(-(num_components - start) // table.shape[2])))
+        ]
+        starts, tables, steps = ([row[part] for row in kept] for part in range(3))
+        return Codebook(starts, tables, steps, self.num_components)
+
     def to(self, device: torch.device) -> Codebook:
         """The same on `device`."""
         parts = ([part.to(device) for part in held] for held in (self.tables, self.steps))

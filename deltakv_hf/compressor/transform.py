@@ -68,7 +68,8 @@ class Transform:
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
         own = [self.mean, self.weights, self.inverse, self.basis, self.prediction]
-        made = (self.__dict__.get(name) for name in ("reference_vectors", "residual_vectors"))
+        made = [self.__dict__.get(name) for name in ("reference_vectors", "residual_vectors")]
+        made += [vectors for pair in self.__dict__.get("_leading", {}).values() for vectors in pair]
         own += [part for vectors in made if vectors is not None for part in vectors.tensors()]
         return own + self.reference_codebook.tensors() + self.residual_codebook.tensors()
 
@@ -81,6 +82,18 @@ class Transform:
     def residual_vectors(self) -> TokenVectors:
         """Of residuals and what predicts them."""
         return token_vectors(self.residual_codebook, self.reference_codebook, self.prediction)
+
+    def leading_vectors(self, num_bytes: int) -> tuple[TokenVectors, TokenVectors | None]:
+        """Of the components in a token's first bytes: of references, and of residuals (None if there are none)."""
+        held = self.__dict__.setdefault("_leading", {})
+        if num_bytes not in held:
+            residual = self.residual_codebook
+            book = residual if residual.tables else self.reference_codebook
+            num_components = book.components_in(num_bytes)
+            reference = self.reference_codebook.leading(num_components)
+            both = (residual.leading(num_components), reference, self.prediction)
+            held[num_bytes] = token_vectors(reference), token_vectors(*both) if residual.tables else None
+        return held[num_bytes]
 
     def analyse(self, tokens: torch.Tensor) -> torch.Tensor:
         """Components of tokens: `[batch, n, width]` float32 -> `[batch, n, components]` float32."""

@@ -12,6 +12,7 @@ from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
 from .reconstruct_and_attend import KeyMap, References, Vectors, reconstruct_and_attend
 from .score import score
+from .score_leading import score_leading
 from .unrotate import unrotate
 from .vector_quantize import Groups, grid_limit, group_runs, vector_dequantize, vector_quantize
 
@@ -38,6 +39,7 @@ __all__ = [
     "reconstruct",
     "reconstruct_and_attend",
     "score",
+    "score_leading",
     "unpack",
     "unrotate",
     "vector_dequantize",

@@ -90,6 +90,14 @@ def reconstruct_and_attend(
     Returns:
         of what is mixed, `[batch, heads, queries, components]`.
     """
+    scores, components = score_codes(query, codes, vectors, key_map, references, angles, slots, positions, lengths)
+    return weigh(scores, components, mask)
+
+
+def score_codes(
+    query, codes, vectors, key_map, references, angles, slots, positions, lengths
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores `[batch, heads, queries, n]`, -inf behind a row's length, and components `[batch, n, components]`."""
     batch, device = len(query), codes.device
     rows = torch.arange(batch, device=device)[:, None]
     if angles is not None:
@@ -105,7 +113,7 @@ def reconstruct_and_attend(
     if lengths is not None:
         is_behind = torch.arange(components.shape[1], device=device) >= lengths[:, None]
         scores = scores.masked_fill(is_behind[:, None, None], -torch.inf)
-    return weigh(scores, components, mask)
+    return scores, components
 
 
 def _read(codes, table, byte_idx, first_entry, vector_size) -> torch.Tensor:
