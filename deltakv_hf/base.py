@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from .errors import CacheStateError, InvalidOptionError, NotPicklableError
 from .hf_compat import Cache, DynamicCache, DynamicLayer
 from .layer import DeltaKVLayer
 from .layout import Step
+from .selection import selection_stats
 from .stats import CacheStats
 
 
@@ -229,4 +231,4 @@ class CompressedCache(Cache):
 
     def stats(self) -> CacheStats:
         """What the cache has done so far."""
-        return self._ledger.stats
+        return replace(self._ledger.stats, selection=selection_stats([layer.selector for layer in self.own_layers]))

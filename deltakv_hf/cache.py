@@ -92,7 +92,7 @@ class DeltaKVCache(CompressedCache):
                 )
             form = FORM if bare else self._probes[layer_idx].form
             make_compressor = partial(_make_layer_compressor, self.options, compressor, layer_idx)
-            selector = make_selector(self.options)
+            selector = make_selector(self.options, compressor)
             layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry, selector)
         if offloading and not torch.accelerator.is_available():
             raise InvalidOptionError("`offloading` must be False on a machine without an accelerator, got True.")

@@ -38,8 +38,10 @@ class DeltaKVConfig:
             most promisingly (needs a calibrated compressor). Calls of several tokens read all.
         keep: compressed tokens of a row that a step reads with "coarse_to_fine": a number (>= 1), or a share of them
             (a float above 0, up to 1). Where no more are held, all are read.
-        index_bytes: bytes at the beginning of a token by which it is scored then (>= 1).
-        sample_every: one of so many such steps also reads everything, for `selection_report` (>= 0; 0: none).
+        index_bytes: bytes at the beginning of a token by which it is scored then (>= 1); layers whose tokens have no
+            more are read whole.
+        sample_every: one of so many such steps also reads everything, for `cache.stats()` to tell what the others miss
+            (>= 0; 0: none).
     """
 
     num_sink_tokens: int = 4
@@ -53,7 +55,7 @@ class DeltaKVConfig:
     group_size: int = 64
     selection: str = "all"
     keep: int | float = 2048
-    index_bytes: int = 24
+    index_bytes: int = 32
     sample_every: int = 0
 
     def __post_init__(self) -> None:

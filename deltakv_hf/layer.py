@@ -300,6 +300,8 @@ class DeltaKVLayer(CacheLayerMixin):
         """Forgets everything."""
         self.state = self.compressor = self.tables = self._handed = None
         self.is_initialized = False
+        if self.selector is not None:
+            self.selector.reset()
 
     def __repr__(self) -> str:
         return f"DeltaKVLayer(layer_idx={self.layer_idx}, columns={self.columns})"

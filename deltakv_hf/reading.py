@@ -131,9 +131,10 @@ class StateReader:
             span = slice(num_sinks, num_sinks + self.layout.compressed)
             masks = mask_of_slots(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
         raw = dispatch.attend(rows, *(part.float() for part in self._raw()), masks[1])
-        fuses = self._fuses(query)
-        if self.selector is not None and query.shape[2] == 1:
-            seen = self.selector.attend(self._codes(fuses), rows, masks[0], raw)
+        fuses, selector = self._fuses(query), self.selector
+        chooses = selector is not None and query.shape[2] == 1
+        if chooses and selector.chooses(self.layout.compressed, self.compressor.code_bytes):
+            seen = selector.attend(self._codes(fuses), rows, masks[0], raw)
         elif fuses:
             seen = self._codes(fuses).attend(rows, masks[0]).merge(raw)
         else:

@@ -12,8 +12,11 @@ import math
 import torch
 
 from .code_reading import CodeReader
+from .compressor.kv_compressor import KVCompressor
 from .config import DeltaKVConfig
 from .dispatch import Attended
+from .errors import InvalidOptionError
+from .stats import SelectionStats
 
 
 class Selector:
@@ -31,6 +34,10 @@ class Selector:
 
     def __init__(self, keep: int | float, index_bytes: int, sample_every: int = 0):
         self.keep, self.index_bytes, self.sample_every = keep, index_bytes, sample_every
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
         self.steps = self.tokens_read = self.tokens_held = 0
         self.recalls: list[float] = []
 
@@ -38,8 +45,12 @@ class Selector:
         """How many of so many compressed tokens are read."""
         return self.keep if isinstance(self.keep, int) else math.ceil(self.keep * compressed)
 
+    def chooses(self, compressed: int, code_bytes: int) -> bool:
+        """Whether so many compressed tokens of so many bytes are worth a choice: scoring short ones is reading them."""
+        return self.budget(compressed) < compressed and code_bytes > self.index_bytes
+
     def attend(self, codes: CodeReader, query: torch.Tensor, mask: torch.Tensor | None, raw: Attended) -> Attended:
-        """What a step sees: of all compressed tokens if there are few, else of the chosen ones; and `raw`.
+        """What a step sees in chosen compressed tokens and in `raw`.
 
         Args:
             query: `[batch, heads, queries, head_dim]` float32, of one column.
@@ -48,8 +59,6 @@ class Selector:
         """
         compressed = codes.layout.compressed
         budget = self.budget(compressed)
-        if budget >= compressed:
-            return codes.attend(query, mask).merge(raw)
         scores = codes.score(query, mask, self.index_bytes)
         seen = codes.attend(query, mask, choose(scores, raw, budget)).merge(raw)
         if self.sample_every and self.steps % self.sample_every == 0:
@@ -60,11 +69,31 @@ class Selector:
         return seen
 
 
-def make_selector(options: DeltaKVConfig) -> Selector | None:
-    """A layer's, as the options have it."""
+def make_selector(options: DeltaKVConfig, compressor: KVCompressor | None) -> Selector | None:
+    """A layer's, as the options have it.
+
+    Raises:
+        InvalidOptionError: tokens of this compressor do not begin with what matters most.
+    """
     if options.selection == "all":
         return None
+    if compressor is None or compressor.config["kind"] != "transform":
+        got = "no compressor" if compressor is None else f"one of kind {compressor.config['kind']!r}"
+        raise InvalidOptionError(
+            f'`selection` must be "all" without a calibrated compressor, got {options.selection!r} and {got}. Make one '
+            "with `KVCompressor.calibrate(model, ...)`."
+        )
     return Selector(options.keep, options.index_bytes, options.sample_every)
+
+
+def selection_stats(selectors: list[Selector | None]) -> SelectionStats | None:
+    """Of all layers, or None if none chooses."""
+    used = [selector for selector in selectors if selector is not None]
+    if not used:
+        return None
+    recalls = [recall for selector in used for recall in selector.recalls]
+    counts = (sum(getattr(selector, name) for selector in used) for name in ("steps", "tokens_read", "tokens_held"))
+    return SelectionStats(*counts, sum(recalls) / len(recalls) if recalls else None)
 
 
 def choose(scores: torch.Tensor, raw: Attended, budget: int) -> torch.Tensor:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class SelectionStats:
+    """What decode steps with a `selection` have read, over all layers that chose.
+
+    Attributes:
+        layer_steps: times that a layer chose.
+        tokens_read, tokens_held: compressed tokens that were read then, and that could have been, over all rows.
+        recall: share of the attention that went to what was read (sinks and window included), mean of the steps that
+            `sample_every` took; None if it took none.
+    """
+
+    layer_steps: int
+    tokens_read: int
+    tokens_held: int
+    recall: float | None
 
 
 @dataclass(frozen=True)
@@ -15,6 +32,7 @@ class CacheStats:
         crops, cropped_columns: calls of `crop` that removed something, and the columns that they removed.
         deep_crops, dropped_tokens: crops that reached into compressed tokens, and how many of these they dropped, over
             all rows.
+        selection: of decode steps that chose what they read, or None without a `selection`.
     """
 
     forwards: int = 0
@@ -23,7 +41,8 @@ class CacheStats:
     cropped_columns: int = 0
     deep_crops: int = 0
     dropped_tokens: int = 0
+    selection: SelectionStats | None = None
 
     def plus(self, **more: int) -> CacheStats:
         """These counts and `more`."""
-        return CacheStats(**{name: count + more.get(name, 0) for name, count in asdict(self).items()})
+        return replace(self, **{name: getattr(self, name) + count for name, count in more.items()})

@@ -14,6 +14,7 @@ from deltakv_hf.kernels.triton_ops import (
     int4_kernels,
     nearest_references,
     round_rows,
+    scoring,
     unrotate,
     vector_dequantize,
     vector_quantize,
@@ -57,7 +58,7 @@ INDICES = (
 DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride", "width room")
 DECODE |= integers("reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2")
 SCORE = HALVES | INDICES | integers("first num_tokens num_components part_size num_heads num_queries angle_stride")
-SCORE |= integers("mask_row mask_head mask_query mask_token", "width room half pairs map_stride")
+SCORE |= integers("mask_row mask_head mask_query mask_token", "width room score_room half pairs map_stride")
 MIX = HALVES | integers("chunk count num_components num_rows row_blocks", "span width room")
 MERGE = integers("num_spans num_components")
 INT4 = dict.fromkeys(("key_codes", "key_levels", "value_codes", "value_levels", "block_table", "lengths"), "*i32")
@@ -85,7 +86,7 @@ def kernels(capability: int):
         yield vector_quantize.assign_kernel, ASSIGN, constants | vector_quantize.TILE, {}
     for has_references in (True, False):
         constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
-        yield attend_kernels.decode_kernel, DECODE, constants | ra.DECODE_TILE, {}
+        yield attend_kernels.decode_kernel, DECODE, constants | scoring.DECODE_TILE, {}
     for half in (32, 64, 128):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):
             constants = {
@@ -93,9 +94,9 @@ def kernels(capability: int):
                 "HAS_POSITIONS": True,
                 "HAS_LENGTHS": True,
                 "HALF": half,
-                "QUERIES": ra.MOST_QUERIES,
+                "QUERIES": scoring.MOST_QUERIES,
             }
-            yield attend_kernels.score_kernel, types, constants | ra.score_tile(half, dtype, capability), {}
+            yield attend_kernels.score_kernel, types, constants | scoring.score_tile(half, dtype, capability), {}
     for rows in (16, 64):
         for dtype, types in ((torch.float16, MIX), (torch.float32, {n: t for n, t in MIX.items() if t != "*fp16"})):
             constants = {"PARTS": 2, "ROWS": rows, "num_stages": ra.mix_stages(dtype)} | ra.MIX_TILE

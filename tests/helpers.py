@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from models import tiny_model
@@ -319,3 +321,17 @@ def teacher_forced(model, ids: torch.Tensor, cache, num_prompt: int, chunk: int 
             now["position_ids"] = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:stop]
         logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **now, **inputs).logits)
     return torch.cat(logits, dim=1)
+
+
+@contextmanager
+def poisoned_memory():
+    """`torch.empty` with NaN in it where that is possible: nothing may be read before it is written."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        yield

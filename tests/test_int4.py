@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers import poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,11 +134,10 @@ def test_attention_in_16_bits_errs_no_more_than_pytorch(dtype, reading, processo
 
 @contextmanager
 def _poisoned(processors):
-    """The number of processors, which decides the splits, and `torch.empty` with NaN in it."""
-    module, empty = import_module("deltakv_hf.kernels.triton_ops.int4_decode"), torch.empty
-    with pytest.MonkeyPatch.context() as patch:
+    """The number of processors, which decides the splits, and memory that held anything."""
+    module = import_module("deltakv_hf.kernels.triton_ops.int4_decode")
+    with pytest.MonkeyPatch.context() as patch, poisoned_memory():
         patch.setattr(module, "_processors", lambda device: processors)
-        patch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
         yield
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -261,13 +262,29 @@ def _read(arguments, options, backend, device, dtype=torch.float32):
 def test_what_is_read_from_codes_is_that_of_the_reference(dtype, reading, chunk_bytes):
     """But for the order of sums; in float16 for the rounding of queries, keys and weights. Chunks of any size."""
     expected = _read(*reading, "reference", "cpu")
-    with setting("reconstruct_and_attend", CHUNK_BYTES=chunk_bytes):
+    with setting("scoring", CHUNK_BYTES=chunk_bytes), poisoned_memory():
         found = _read(*reading, "triton", DEVICE, dtype)
     for x, y in zip(found, expected, strict=True):
         least = 1e-5 if dtype == torch.float32 else 2e-2
         finite = y[y.isfinite()]
         most = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
         torch.testing.assert_close(x, y, rtol=0, atol=least * most)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@given(readings(), st.sampled_from([1, 2**25]), st.sampled_from([0, 2**20]))
+@settings(max_examples=15)
+def test_scores_by_codes_are_those_of_the_reference(dtype, reading, chunk_bytes, few):
+    """Likewise; components scored at once or in parts."""
+    arguments, options = reading[0], {name: part for name, part in reading[1].items() if name != "mask"}
+    expected = dispatch.score_leading(*arguments, **options, backend="reference")
+    arguments, options = ([_place(part, DEVICE, dtype) for part in parts] for parts in (arguments, options.values()))
+    options = dict(zip((name for name in reading[1] if name != "mask"), options, strict=True))
+    with setting("scoring", CHUNK_BYTES=chunk_bytes, FEW=few), poisoned_memory():
+        found = dispatch.score_leading(*arguments, **options, backend="triton").cpu()
+    finite = expected[expected.isfinite()]
+    most = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=(1e-5 if dtype == torch.float32 else 2e-2) * most)
 
 
 def test_every_kernel_compiles_for_every_card():

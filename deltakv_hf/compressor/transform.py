@@ -126,6 +126,13 @@ class TransformCompressor(Coder):
             # fewer do not keep all processors busy
             self.encode_tile = 8192
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a token that is not a reference, the number of its reference left out."""
+        transform = self.transform
+        book = transform.reference_codebook if self.lattice.is_everywhere else transform.residual_codebook
+        return book.num_bytes
+
     def tensors(self) -> list[torch.Tensor]:
         """What the compressor itself holds."""
         return self.transform.tensors()

@@ -204,13 +204,14 @@ def score_kernel(
     positions,  # [batch, num_tokens] int32
     mask,  # float32
     lengths,  # [batch] int32
-    scores,  # [parts, batch, heads * queries, room] float32, as powers of two; they are the sum of the parts'
+    scores,  # [parts, batch, heads * queries, score_room] float32, as powers of two: the sum of the parts'
     first,
     num_tokens,
     num_components,
     part_size,  # blocks of components of a part
     width,
     room,
+    score_room,
     num_heads,
     num_queries,
     half,
@@ -286,7 +287,7 @@ def score_kernel(
             result += tl.load(mask + spot, mask=is_token[:, None] & is_query[None, :] & (part == 0), other=0.0)
         result = tl.where(is_seen[:, None], result * LOG2E, float("-inf"))
         rows += part * batch * num_heads * num_queries
-        tl.store(scores + rows[None, :] * room + place[:, None], result, mask=is_query[None, :])
+        tl.store(scores + rows[None, :] * score_room + place[:, None], result, mask=is_query[None, :])
 
 
 @triton.jit(do_not_specialize=ANY)
