@@ -69,6 +69,7 @@ CHOSEN = (
     "int4_decode",
     "nearest_references",
     "reconstruct_and_attend",
+    "score_leading",
     "unrotate",
     "vector_dequantize",
     "vector_quantize",

@@ -62,7 +62,7 @@ class Selector:
         scores = codes.score(query, mask, self.index_bytes)
         seen = codes.attend(query, mask, choose(scores, raw, budget)).merge(raw)
         if self.sample_every and self.steps % self.sample_every == 0:
-            self.recalls.append(_share(seen, codes.attend(query, mask).merge(raw)))
+            self.recalls.append(attention_share(seen, codes.attend(query, mask).merge(raw)))
         self.steps += 1
         self.tokens_read += budget * len(query)
         self.tokens_held += compressed * len(query)
@@ -112,7 +112,7 @@ def choose(scores: torch.Tensor, raw: Attended, budget: int) -> torch.Tensor:
     return weights.topk(budget, sorted=False).indices.sort(dim=-1).values
 
 
-def _share(some: Attended, every: Attended) -> float:
+def attention_share(some: Attended, every: Attended) -> float:
     """Of the attention of `every` that went to the tokens of `some`."""
     share = (some.maximum - every.maximum).exp() * some.total / every.total
     return share.nan_to_num(1.0).mean().item()

@@ -1,8 +1,9 @@
 """Fidelity of a cache to the full cache: what the stored context changes in the predictions after it.
 
 Protocol: a window's first `context` tokens are prefilled, then the rest is fed at once (teacher forcing) on top of the
-stored context. The logits of that last call are compared with those after a one-shot prefill into a `DynamicCache`.
-With `prefill_chunk` the context comes in several calls, so that all but the first attend over what is already stored.
+stored context, or one by one where a `selection` chooses in steps. Those logits are compared with those after a
+one-shot prefill into a `DynamicCache`. With `prefill_chunk` the context comes in several calls, so that all but the
+first attend over what is already stored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InvalidOptionError
-from .prefill import Shares, check_cache, check_chunk, prefill
+from .prefill import Shares, check_cache, check_chunk, feed_behind, prefill
 
 LOGIT_TILE = 128
 
@@ -88,8 +89,7 @@ def predict_after(
         logits `[n - context, vocabulary]` of the last call, and the shares of dense bytes held before it.
     """
     shares = prefill(model, ids[:context], cache, prefill_chunk)
-    rest = ids[context:].to(model.device).unsqueeze(0)
-    return model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0], shares
+    return feed_behind(model, ids[context:], cache, len(ids) - context), shares
 
 
 def compare(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import Cache, PreTrainedModel
 
+from ..cache import DeltaKVCache
 from ..errors import InvalidOptionError
 
 
@@ -37,6 +38,20 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chu
         return Shares(1.0, 0.0)
     report = cache.memory_report()
     return Shares(report.ratio, report.compressed_share, report.compressor_bytes, report.break_even_tokens or 0)
+
+
+def feed_behind(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, kept: int) -> torch.Tensor:
+    """Feeds `ids` `[n]` on top of what `cache` holds, and returns the last logits `[kept, vocabulary]`.
+
+    In one call, but for a cache with a `selection`, which chooses in steps of one token: they are fed one by one.
+    """
+    steps = cache.options.selection != "all" if isinstance(cache, DeltaKVCache) else False
+    parts = ids.to(model.device)[None].split(1 if steps else len(ids), dim=1)
+    logits = [
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=min(kept, part.shape[1])).logits[0]
+        for part in parts
+    ]
+    return torch.cat(logits[-kept:])
 
 
 def check_chunk(prefill_chunk: int) -> None:

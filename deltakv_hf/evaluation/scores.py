@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from .intervals import paired_difference, wilson
 from .items import Item
-from .prefill import Shares
+from .prefill import Shares, feed_behind
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,9 @@ def score_item(model: PreTrainedModel, cache: Cache, item: Item) -> ItemScore:
 
     A copy rather than a crop: it is exact for every cache, windows and linear layers of the host included.
     """
-    fed = torch.tensor([item.question + item.answer[:-1]], device=model.device)
-    kept = len(item.answer)
-    output = model(input_ids=fed, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=kept)
-    logits, answer = output.logits[0].float(), torch.tensor(item.answer, device=model.device)
+    fed = torch.tensor(item.question + item.answer[:-1])
+    logits = feed_behind(model, fed, copy.deepcopy(cache), len(item.answer)).float()
+    answer = torch.tensor(item.answer, device=model.device)
     hits = logits.argmax(-1) == answer
     nll = torch.nn.functional.cross_entropy(logits, answer)
     return ItemScore(bool(hits.all()), hits.float().mean().item(), nll.item())
