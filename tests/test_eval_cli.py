@@ -145,3 +145,18 @@ def test_compressors_go_by_name_and_show_their_own_bytes(folder, compressor, tmp
 def test_a_compressor_that_is_not_there_is_refused_before_the_model_is_loaded():
     for command in ("fidelity", "tasks"):
         assert_refused(run("eval", command, "--model", "nowhere", "--compressor", "mine"), "id_or_path", "mine")
+
+
+def test_options_may_name_a_compressor(folder, compressor, tmp_path):
+    """For those that go with one: what steps of one token choose is measured in such steps."""
+    out = tmp_path / "out.json"
+    chosen = {"compressor": compressor, "selection": "coarse_to_fine", "keep": 9, "index_bytes": 2}
+    options = [part for one in ({"compressor": compressor}, chosen) for part in ("--options", json.dumps(one))]
+    result = run("eval", "fidelity", "--model", folder, *FIDELITY, *options, "--json", out)
+    assert result.exit_code == 0, result.output
+    every, some = json.loads(out.read_text())["results"]
+    assert every["options"] == {"compressor": compressor} and some["options"] == chosen
+    assert every["stored_share"] == some["stored_share"] and every["kl"] != some["kl"]
+    assert_refused(
+        run("eval", "fidelity", "--model", folder, "--options", '{"compressor": "nobody/knows"}'), "nobody/knows"
+    )

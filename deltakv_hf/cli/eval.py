@@ -15,7 +15,10 @@ eval_app = typer.Typer(help="Measures caches against the full cache.", no_args_i
 Model = Annotated[str, typer.Option(help="Id on the Hub, folder, or `demo` for SmolLM2-135M-Instruct.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option(help='A cache with these options, as JSON: {"nbits": 8}; may be repeated. {} has the defaults.'),
+    typer.Option(
+        help='A cache with these options, as JSON: {"nbits": 8}; may be repeated. {} has the defaults; "compressor" '
+        "names one."
+    ),
 ]
 Compressor = Annotated[
     list[str] | None,

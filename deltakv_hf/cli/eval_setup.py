@@ -67,7 +67,10 @@ def _with_options(text: str) -> Candidate:
     if not isinstance(options, dict):
         raise InvalidOptionError(f"`--options` must be a JSON object like '{{\"nbits\": 8}}', got {text!r}.")
     name = ", ".join(f"{option}={value}" for option, value in options.items()) or "DeltaKVCache"
-    return Candidate(name, {"options": options}, lambda model: DeltaKVCache(model, **options))
+    made = dict(options)
+    if isinstance(made.get("compressor"), str):
+        made["compressor"] = KVCompressor.from_pretrained(made["compressor"])
+    return Candidate(name, {"options": options}, lambda model: DeltaKVCache(model, **made))
 
 
 def _with_compressor(name: str) -> Candidate:

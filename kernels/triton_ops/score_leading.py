@@ -26,6 +26,6 @@ def score_leading(
     components, scores = score.new_components(), score.new(score.parts, score.batch, score.rows, room)
     for first, count in score.chunks():
         score(first, count, components, scores[..., first:])
+    scores = (scores[0] if score.parts == 1 else scores.sum(0)).unflatten(1, query.shape[1:3])
     # they were powers of two
-    scores = scores[..., : score.num_tokens].sum(0).mul_(math.log(2))
-    return scores.view(*query.shape[:3], -1)
+    return scores[..., : score.num_tokens].mul_(math.log(2))
