@@ -67,15 +67,15 @@ class CodeReader:
             slots: `[batch, n]` int64, the compressed tokens to read, each once; None: all.
         """
         transform, seen = self.compressor.transform, None
-        for kind in self._kinds(transform.reference_vectors, lambda: transform.residual_vectors):
+        residual = None if self.compressor.lattice.is_everywhere else transform.residual_vectors
+        for kind in self._kinds(transform.reference_vectors, residual):
             part = self._attend_kind(kind, query, mask, slots)
             seen = part if seen is None else seen.merge(part)
         return seen
 
     def score(self, query: torch.Tensor, mask: torch.Tensor | None, num_bytes: int) -> torch.Tensor:
         """Scores `[batch, heads, queries, compressed]` float32 by the first bytes of each token."""
-        reference, residual = self.compressor.transform.leading_vectors(num_bytes)
-        kinds = list(self._kinds(reference, lambda: residual))
+        kinds = list(self._kinds(*self.compressor.transform.leading_vectors(num_bytes)))
         found = [self._score_kind(kind, query) for kind in kinds]
         scores = found[0]
         if kinds[0].offsets is not None:
@@ -84,8 +84,8 @@ class CodeReader:
                 scores[..., kind.offsets] = part
         return scores if mask is None else scores.add_(mask)
 
-    def _kinds(self, reference: TokenVectors, residual) -> Iterator[Kind]:
-        """References, read by `reference`, and residuals, read by what `residual()` gives, if there are any."""
+    def _kinds(self, reference: TokenVectors, residual: TokenVectors | None) -> Iterator[Kind]:
+        """References, read by `reference`, and residuals, if there are any, read by `residual`."""
         store, lattice, count = self.state.store, self.compressor.lattice, self.layout.compressed
         num_references = lattice.count(count)
         reference_codes = store.reference_codes[:, :num_references]
@@ -95,9 +95,9 @@ class CodeReader:
         span = lattice.span(0, count, self.device)
         yield Kind(True, reference_codes, reference, None, span.reference_offsets)
         if count > num_references:
-            codes, coded = store.residual_codes[:, : count - num_references], residual()
-            references = dispatch.References(reference_codes, store.reference_idx[..., 0], *coded.added)
-            yield Kind(False, codes, coded, references, span.residual_offsets)
+            codes = store.residual_codes[:, : count - num_references]
+            references = dispatch.References(reference_codes, store.reference_idx[..., 0], *residual.added)
+            yield Kind(False, codes, residual, references, span.residual_offsets)
 
     def _attend_kind(self, kind: Kind, query, mask, slots) -> dispatch.Attended:
         heads, transform, coded, lengths = query.shape[1], self.compressor.transform, kind.coded, None
@@ -105,20 +105,21 @@ class CodeReader:
             tokens, numbers = kind.offsets, None
         else:
             tokens, numbers, lengths = self._listed(kind, slots)
-        mask = _picked(mask, tokens)
-        query, key_map, angles, positions = self._prepared(query, coded, tokens)
+        mask, scale = _picked(mask, tokens), coded.largest / transform.weights
+        query, key_map, angles, positions = self._prepared(query, coded, scale, tokens)
         seen = dispatch.reconstruct_and_attend(
             *(query, kind.codes, coded.vectors, key_map, kind.references, angles, mask, numbers, positions, lengths),
             self.backend,
         )
         key_width = heads * query.shape[3]
-        scale = (coded.largest / transform.weights)[key_width:]
-        value_map = (transform.basis[coded.order, key_width:] * scale).unflatten(-1, (heads, -1)).transpose(0, 1)
+        value_map = transform.basis[coded.order, key_width:] * scale[key_width:]
+        value_map = value_map.unflatten(-1, (heads, -1)).transpose(0, 1)
         mean = transform.mean[key_width:].unflatten(-1, (heads, 1, -1))
         return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ value_map + seen.total * mean)
 
     def _score_kind(self, kind: Kind, query: torch.Tensor) -> torch.Tensor:
-        query, key_map, angles, positions = self._prepared(query, kind.coded, kind.offsets)
+        scale = kind.coded.largest / self.compressor.transform.weights
+        query, key_map, angles, positions = self._prepared(query, kind.coded, scale, kind.offsets)
         return dispatch.score_leading(
             *(query, kind.codes, kind.coded.vectors, key_map, kind.references, angles, None, positions, None),
             self.backend,
@@ -136,12 +137,12 @@ class CodeReader:
         numbers = numbers.clamp(0, kind.codes.shape[1] - 1)
         return tokens, numbers.int(), is_kind.sum(1).int()
 
-    def _prepared(self, query: torch.Tensor, coded: TokenVectors, tokens: torch.Tensor | None):
+    def _prepared(self, query: torch.Tensor, coded: TokenVectors, scale: torch.Tensor, tokens: torch.Tensor | None):
         """The query and the key map in the order of pairs, tables of angles and where in them tokens stand."""
         heads, head_dim, transform = *query.shape[1::2], self.compressor.transform
         key_width, angles, positions = heads * head_dim, None, None
         basis = transform.basis[:, :key_width][coded.order]
-        keys = basis, (coded.largest / transform.weights)[:key_width], transform.mean[:key_width]
+        keys = basis, scale[:key_width], transform.mean[:key_width]
         if self.form is not None:
             pairs = self.tables.cos.shape[-1]
             query = self.form.paired(query, pairs)

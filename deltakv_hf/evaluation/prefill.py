@@ -45,7 +45,7 @@ def feed_behind(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, kept: i
 
     In one call, but for a cache with a `selection`, which chooses in steps of one token: they are fed one by one.
     """
-    steps = cache.options.selection != "all" if isinstance(cache, DeltaKVCache) else False
+    steps = isinstance(cache, DeltaKVCache) and cache.options.selection != "all"
     parts = ids.to(model.device)[None].split(1 if steps else len(ids), dim=1)
     logits = [
         model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=min(kept, part.shape[1])).logits[0]

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from deltakv_hf import DeltaKVCache, KVCompressor
 from deltakv_hf.evaluation.model import load_by_name
+from deltakv_hf.evaluation.prefill import feed_behind
 from deltakv_hf.evaluation.steps import environment
 from deltakv_hf.evaluation.windows import text_windows
 from deltakv_hf.files import write_atomically
@@ -61,11 +62,10 @@ def window_figures(model, compressor, ids: torch.Tensor, options) -> dict:
         layer.selector = None
     for layer in some.own_layers:
         layer.selector = Compared(options.keep, options.index_bytes, SAMPLED)
-    expected = model(ids[None, options.context : -1], past_key_values=full).logits[0].log_softmax(-1)
+    expected = feed_behind(model, ids[options.context : -1], full, len(targets)).log_softmax(-1)
     figures = {"full_nll": -expected.gather(1, targets[:, None]).mean().item()}
     for name, cache in (("all", every), ("chosen", some)):
-        found = [model(token[None, None], past_key_values=cache).logits[0] for token in ids[options.context : -1]]
-        found = torch.cat(found).log_softmax(-1)
+        found = feed_behind(model, ids[options.context : -1], cache, len(targets)).log_softmax(-1)
         figures[name] = {
             "kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
             "nll": -found.gather(1, targets[:, None]).mean().item(),
