@@ -22,7 +22,7 @@ from ..compressor.vectors import token_vectors
 HEADS, QUERIES, HEAD_DIM = 8, 4, 128
 # groups of one byte, and components of each
 RUNS = ((40, 1), (90, 2), (110, 3), (60, 4), (40, 5), (26, 6), (20, 8), (10, 10), (8, 12), (5, 20))
-REFERENCE_STRIDE, SELECTED, REPEATS = 10, 2048, 20
+REFERENCE_STRIDE, SELECTED, INDEX_BYTES, REPEATS = 10, 2048, 32, 20
 # written between two measurements, so that nothing is left in a cache of the device
 FLUSHED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 
@@ -134,10 +134,15 @@ class _Layer:
         self.visible = torch.arange(num_tokens, device=device)[None] // REFERENCE_STRIDE + 1
         self.query = random(1, HEADS, QUERIES, HEAD_DIM)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        vectors = token_vectors(self.book).vectors
-        self.vectors = vectors._replace(table=vectors.table.to(dtype))
-        matrix = random(len(vectors.byte_idx), self.width) / place**0.5
-        self.key_map = dispatch.KeyMap(matrix.to(dtype), torch.ones(self.width, device=device), random(self.width))
+
+        def reading(book: Codebook) -> tuple[dispatch.Vectors, dispatch.KeyMap]:
+            vectors = token_vectors(book).vectors
+            matrix = random(len(vectors.byte_idx), self.width) / place**0.5
+            key_map = dispatch.KeyMap(matrix.to(dtype), torch.ones(self.width, device=device), random(self.width))
+            return vectors._replace(table=vectors.table.to(dtype)), key_map
+
+        self.vectors, self.key_map = reading(self.book)
+        self.leading, self.leading_map = reading(self.book.leading(self.book.components_in(INDEX_BYTES)))
         turn = random(1, num_tokens, HEAD_DIM // 2)
         self.angles = turn.cos().to(torch.bfloat16), turn.sin().to(torch.bfloat16)
         self.slots = torch.randperm(num_tokens, generator=generator, device=device)[:SELECTED].sort().values[None].int()
@@ -145,7 +150,7 @@ class _Layer:
         self.half_angles = turn.cos(), turn.sin()
         self.wide = random(1, num_tokens, 2 * self.width)
         self.scaling = random(2 * self.width), torch.rand(2 * self.width, generator=generator, device=device)
-        self.inverse = random(2 * self.width, len(vectors.byte_idx)).half()
+        self.inverse = random(2 * self.width, len(self.vectors.byte_idx)).half()
         self.packed = dispatch.int4_encode(*self.dense)
 
 
@@ -194,6 +199,14 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
 
         flops = 2 * count * components * (layer.width + HEADS * QUERIES)
         yield timing("reconstruct_and_attend", what, attend, count * num_bytes, flops)
+
+    def lead():
+        return dispatch.score_leading(
+            layer.query, layer.codes, layer.leading, layer.leading_map, angles=layer.angles, backend=backend
+        )
+
+    size, flops = n * INDEX_BYTES, 2 * n * len(layer.leading.byte_idx) * layer.width
+    yield timing("score_leading", f"{INDEX_BYTES} bytes of {n:,}", lead, size, flops)
     query = layer.query.flatten(1, 2)[:, :, None].to(torch.bfloat16)
 
     half_query = layer.query.to(layer.vectors.table.dtype)
