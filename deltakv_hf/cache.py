@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .attach import attach, unwrap
 from .bare import FORM, BareRope
 from .base import CompressedCache
-from .compressor import DirectCompressor
+from .compressor import DirectCompressor, Int4Compressor
 from .compressor.kv_compressor import KVCompressor
 from .config import DeltaKVConfig
 from .conversion import fill, to_dynamic
@@ -24,7 +24,7 @@ from .ledger import TokenLedger
 from .memory import MemoryReport, report
 from .rope import RopeRegistry
 from .saving import SavedPrompt, load, save
-from .selection import make_selector
+from .selection import SelectionPlan
 from .support import check_config, check_length, longrope_switch
 
 
@@ -82,9 +82,9 @@ class DeltaKVCache(CompressedCache):
         self._ledger = TokenLedger(self.options)
         self._registry = RopeRegistry()
         layers = DynamicCache(config=self.model_config).layers
-        for layer_idx, layer in enumerate(layers):
-            if type(layer) is not DynamicLayer:
-                continue
+        own = [layer_idx for layer_idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        plan = SelectionPlan(self.options, self.compressor, self.model_config, own)
+        for layer_idx in own:
             if not bare and layer_idx not in self._probes:
                 raise UnsupportedModelError(
                     f"every full-attention layer must store its keys and values, but layer {layer_idx} of "
@@ -92,7 +92,10 @@ class DeltaKVCache(CompressedCache):
                 )
             form = FORM if bare else self._probes[layer_idx].form
             make_compressor = partial(_make_layer_compressor, self.options, compressor, layer_idx)
-            selector = make_selector(self.options, compressor)
+            if layer_idx in plan.filter_layers:
+                # keys as the model rotated them, so that attention reads them as they are
+                form, make_compressor = None, _make_int4_compressor
+            selector = plan.selector(layer_idx)
             layers[layer_idx] = DeltaKVLayer(layer_idx, self._ledger, make_compressor, form, self._registry, selector)
         if offloading and not torch.accelerator.is_available():
             raise InvalidOptionError("`offloading` must be False on a machine without an accelerator, got True.")
@@ -336,10 +339,16 @@ def _make_layer_compressor(
     options: DeltaKVConfig,
     compressor: KVCompressor | None,
     layer_idx: int,
-    key_width: int,
-    value_width: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
     device: torch.device,
 ):
+    key_width, value_width = heads * key_dim, heads * value_dim
     if compressor is None:
         return DirectCompressor(options, key_width, value_width)
     return compressor.layer(layer_idx, key_width, value_width, device)
+
+
+def _make_int4_compressor(heads: int, key_dim: int, value_dim: int, device: torch.device) -> Int4Compressor:
+    return Int4Compressor(heads, key_dim, value_dim)

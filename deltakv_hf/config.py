@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from .errors import InvalidOptionError
 
 # options that do not say how a token is coded
-FREE = ("num_sink_tokens", "recent_window", "block_size", "selection", "keep", "index_bytes", "sample_every")
-SELECTIONS = ("all", "coarse_to_fine")
+SELECTION = ("selection", "keep", "index_bytes", "layers_per_choice", "filter_layers", "sample_every")
+FREE = ("num_sink_tokens", "recent_window", "block_size", *SELECTION)
+SELECTIONS = ("all", "coarse_to_fine", "filter_layers")
 # raw tokens cost more, and errors of a calibrated compressor less: a smaller window is the better bargain
 COMPRESSOR_WINDOW = 64
 
@@ -34,12 +35,19 @@ class DeltaKVConfig:
         reference_nbits: bits per stored number of a reference (2, 4 or 8).
         group_size: numbers that share one fp16 scale and minimum (>= 1). Where it does not divide
             `num_key_value_heads * head_dim`, the largest divisor below it is used.
-        selection: which compressed tokens a decode step reads: "all", or "coarse_to_fine", those whose codes begin
-            most promisingly (needs a calibrated compressor). Calls of several tokens read all.
-        keep: compressed tokens of a row that a step reads with "coarse_to_fine": a number (>= 1), or a share of them
-            (a float above 0, up to 1). Where no more are held, all are read.
-        index_bytes: bytes at the beginning of a token by which it is scored then (>= 1); layers whose tokens have no
-            more are read whole.
+        selection: which compressed tokens a decode step reads: "all"; "coarse_to_fine", those whose codes begin
+            most promisingly; or "filter_layers", those that matter most to some layers, which hold all tokens in four
+            bits and choose for the layers behind them. Both need a calibrated compressor. Calls of several tokens read
+            all.
+        keep: compressed tokens of a row that a step reads then: a number (>= 1), or a share of them (a float above 0,
+            up to 1). Where no more are held, all are read. A tuple has one for each compressed layer (of layers that
+            share a choice, that of the one that chooses counts).
+        index_bytes: with "coarse_to_fine", bytes at the beginning of a token by which it is scored (>= 1); layers whose
+            tokens have no more are read whole.
+        layers_per_choice: with "coarse_to_fine", layers in a row that read what the first of them has chosen (>= 1).
+        filter_layers: with "filter_layers", their numbers, ascending, the first compressed layer among them; None:
+            those that come with the compressor (`deltakv calibrate --select-layers`) or are known for the model.
+            `block_size` must be a multiple of 32 then.
         sample_every: one of so many such steps also reads everything, for `cache.stats()` to tell what the others miss
             (>= 0; 0: none).
     """
@@ -54,8 +62,10 @@ class DeltaKVConfig:
     reference_nbits: int = 8
     group_size: int = 64
     selection: str = "all"
-    keep: int | float = 2048
+    keep: int | float | tuple[int | float, ...] = 2048
     index_bytes: int = 32
+    layers_per_choice: int = 1
+    filter_layers: tuple[int, ...] | None = None
     sample_every: int = 0
 
     def __post_init__(self) -> None:
@@ -70,12 +80,40 @@ class DeltaKVConfig:
                 raise InvalidOptionError(f"`{name}` must be one of 2, 4, 8, got {getattr(self, name)!r}.")
         if self.selection not in SELECTIONS:
             raise InvalidOptionError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
-        check_keep(self.keep)
+        self._check_keep()
         check_integer("index_bytes", self.index_bytes, low=1)
+        check_integer("layers_per_choice", self.layers_per_choice, low=1)
+        self._check_filter_layers()
         check_integer("sample_every", self.sample_every, low=0)
         growth = self.reference_growth
         if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 0 <= growth < float("inf"):
             raise InvalidOptionError(f"`reference_growth` must be a finite number >= 0, got {growth!r}.")
+
+    def _check_keep(self) -> None:
+        if isinstance(self.keep, (tuple, list)):
+            # a list comes from JSON
+            object.__setattr__(self, "keep", tuple(self.keep))
+        for keep in self.keep if isinstance(self.keep, tuple) else [self.keep]:
+            check_keep(keep)
+
+    def _check_filter_layers(self) -> None:
+        if self.selection == "filter_layers" and self.block_size % 32:
+            raise InvalidOptionError(
+                f'`block_size` must be a multiple of 32 with `selection="filter_layers"`, got {self.block_size}.'
+            )
+        given = self.filter_layers
+        if given is None:
+            return
+        if self.selection != "filter_layers":
+            raise InvalidOptionError(
+                f'`filter_layers` must be left out unless `selection="filter_layers"`, got {given!r} with '
+                f"{self.selection!r}."
+            )
+        is_list = isinstance(given, (tuple, list)) and all(type(idx) is int and idx >= 0 for idx in given)
+        if not is_list or not given or list(given) != sorted(set(given)):
+            raise InvalidOptionError(f"`filter_layers` must be numbers of layers, ascending, got {given!r}.")
+        # a list comes from JSON
+        object.__setattr__(self, "filter_layers", tuple(given))
 
     @classmethod
     def from_options(cls, options: dict, compressor=None) -> DeltaKVConfig:

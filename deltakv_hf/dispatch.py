@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from .errors import InvalidOptionError
 from .kernels import reference
 from .kernels.reference import (
+    INT4_GROUP,
     LINEAR_MAPS,
     Attended,
     Groups,
@@ -24,6 +25,7 @@ from .kernels.reference import (
     feed_forward,
     grid_limit,
     group_runs,
+    int4_dense,
     int4_encode,
     predict,
     quantize,
@@ -33,6 +35,7 @@ from .kernels.reference import (
 )
 
 __all__ = [
+    "INT4_GROUP",
     "LINEAR_MAPS",
     "Attended",
     "Groups",
@@ -47,6 +50,7 @@ __all__ = [
     "grid_limit",
     "group_runs",
     "int4_decode",
+    "int4_dense",
     "int4_encode",
     "nearest_references",
     "predict",
@@ -202,11 +206,12 @@ def int4_decode(
     mask: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Attended:
     """See `kernels/reference/int4_decode.py`; backends differ in the order of sums, in 16 bits in rounding."""
     op = _op("int4_decode", backend, query.device)
-    return op(query, key_codes, key_levels, value_codes, value_levels, mask, block_table, lengths)
+    return op(query, key_codes, key_levels, value_codes, value_levels, mask, block_table, lengths, scores)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -29,7 +29,7 @@ class DeltaKVLayer(CacheLayerMixin):
     Args:
         layer_idx: number of the decoder layer.
         ledger: counts shared with the other layers of the cache.
-        make_compressor: function `(key_width, value_width, device) -> compressor`.
+        make_compressor: function `(heads, key_dim, value_dim, device) -> compressor`.
         form: how the layer's keys are rotated, or None if they are stored as received.
         registry: the RoPE tables of the cache, which layers share.
         selector: chooses what decode steps read; None: everything.
@@ -76,8 +76,8 @@ class DeltaKVLayer(CacheLayerMixin):
         """Makes the empty state with the heads, dtype and device of the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        widths = heads * key_states.shape[-1], heads * value_states.shape[-1]
-        self.compressor = self._make_compressor(*widths, self.device)
+        dims = key_states.shape[-1], value_states.shape[-1]
+        self.compressor = self._make_compressor(heads, *dims, self.device)
         raw = [states[:, :, :0].clone() for _ in range(3) for states in (key_states, value_states)]
         self.state = LayerState(*raw, store=self.compressor.empty(batch, self.device))
         self.is_initialized = True

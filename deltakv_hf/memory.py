@@ -16,6 +16,7 @@ PARTS = (
     "residual codes",
     "residual levels",
     "reference ids",
+    "filter layers",
     "RoPE tables",
     "bookkeeping",
     "host layers",
@@ -30,6 +31,10 @@ STORE_PARTS = {
     "residual_levels": "residual levels",
     "latent_levels": "residual levels",
     "reference_idx": "reference ids",
+    "key_codes": "filter layers",
+    "key_levels": "filter layers",
+    "value_codes": "filter layers",
+    "value_levels": "filter layers",
 }
 
 

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from . import dispatch
 from .code_reading import CodeReader
-from .compressor import Coder, TransformCompressor
+from .compressor import Coder, Int4Compressor, TransformCompressor
 from .hf_compat import without_autocast
 from .layout import Layout, View
 from .masks import mask_of_raw, mask_of_slots
@@ -22,6 +23,8 @@ from .rope import RopeForm, RopeTables
 from .selection import Selector
 from .state import LayerState, gather
 
+# queries of a key-value head that four-bit tokens are read for in one go; more want them dense
+FEW_QUERIES = 32
 HALVES = (torch.float16, torch.bfloat16)
 # a layer whose keys and values would be larger is attended to in parts
 DENSE_BYTES = 2**28
@@ -119,27 +122,54 @@ class StateReader:
         view = self.layout.view(self.device)
         if not self.layout.compressed or (view is not None and mask is None):
             return None
+        if isinstance(self.compressor, Int4Compressor) and query.shape[1] * query.shape[2] <= FEW_QUERIES * heads:
+            return self._attend_int4(query, mask, scale)
         # mixing components costs a query of a head as much as projecting one number of every token's values does
         pays = 2 * query.shape[1] * query.shape[2] <= heads * value_dim
         # keys are rotated as complex numbers, which stand in memory two by two
         if not (pays and query.shape[-1] % 2 == 0 and isinstance(self.compressor, TransformCompressor)):
             is_large = self.layout.compressed * self.compressor.width * len(query) * query.element_size() > DENSE_BYTES
             return self._attend_decoded(query, mask, scale) if is_large else None
-        queries = (query.float() * scale).unflatten(1, (heads, -1))
-        rows, num_sinks, masks = queries.flatten(2, 3), self.state.sink_keys.shape[2], (None, None)
+        rows, bias, raw = self._prepared(query, mask, scale)
+        fuses, selector = self._fuses(query), self.selector
+        chooses = selector is not None and query.shape[2] == 1
+        if chooses and selector.is_worth_it(self.layout.compressed, self.compressor.code_bytes):
+            seen = selector.attend(self._codes(fuses), rows, bias, raw)
+        elif fuses:
+            seen = self._codes(fuses).attend(rows, bias).merge(raw)
+        else:
+            seen = self._attend_store(rows, bias).merge(raw)
+        return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
+
+    def _prepared(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float):
+        """Queries of heads that share keys as more rows, their mask of packed tokens, what they see in raw ones."""
+        view, num_sinks, masks = self.layout.view(self.device), self.state.sink_keys.shape[2], (None, None)
+        queries = (query.float() * scale).unflatten(1, (self.state.tail_keys.shape[1], -1))
+        rows = queries.flatten(2, 3)
         if mask is not None:
             span = slice(num_sinks, num_sinks + self.layout.compressed)
             masks = mask_of_slots(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
-        raw = dispatch.attend(rows, *(part.float() for part in self._raw()), masks[1])
-        fuses, selector = self._fuses(query), self.selector
-        chooses = selector is not None and query.shape[2] == 1
-        if chooses and selector.chooses(self.layout.compressed, self.compressor.code_bytes):
-            seen = selector.attend(self._codes(fuses), rows, masks[0], raw)
-        elif fuses:
-            seen = self._codes(fuses).attend(rows, masks[0]).merge(raw)
-        else:
-            seen = self._attend_store(rows, masks[0]).merge(raw)
-        return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
+        return rows, masks[0], dispatch.attend(rows, *(part.float() for part in self._raw()), masks[1])
+
+    def _attend_int4(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """The same of a filter layer, which may choose for those behind it."""
+        rows, bias, raw = self._prepared(query, mask, scale)
+        batch, count, scores, lengths = len(query), self.layout.compressed, None, None
+        encoded = self.state.store.blocks(slice(0, -(-count // dispatch.INT4_GROUP)))
+        num_tokens = encoded[0].shape[2]
+        if count < num_tokens:
+            # a crop has left a part of a block
+            lengths = torch.full((batch,), count, dtype=torch.int32, device=self.device)
+            bias = None if bias is None else F.pad(bias, (0, num_tokens - count))
+        selector = self.selector if query.shape[2] == 1 else None
+        if selector is not None and selector.budget(count) < count:
+            scores = rows.new_empty(*rows.shape[:3], num_tokens)
+        # tensor cores round to 16 bits, which a model in float32 did not ask for
+        asked = rows.half() if query.dtype in HALVES else rows
+        seen = dispatch.int4_decode(asked, *encoded, bias, None, lengths, scores)
+        if scores is not None:
+            selector.choose(scores[..., :count], raw, self.layout, self.state.columns)
+        return seen.merge(raw).result().to(query.dtype).view(*query.shape[:3], -1)
 
     def _attend_decoded(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same for many queries: tile after tile is decoded and attended to, never all of them at once."""

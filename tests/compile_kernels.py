@@ -104,6 +104,7 @@ def kernels(capability: int):
     for head_dim, queries in ((128, 4), (96, 8), (256, 8)):
         for dtype, query in ((torch.float16, "*fp16"), (torch.float32, "*fp32")):
             constants = {"HAS_MASK": True, "HAS_TABLE": head_dim == 128, "HAS_LENGTHS": True}
+            constants["KEEPS_SCORES"] = head_dim == 128
             constants |= int4_decode.shapes(head_dim, head_dim, queries, dtype, capability)
             constants.pop("programs")
             yield int4_kernels.int4_kernel, INT4 | {"query": query}, constants, {}

@@ -40,6 +40,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         },
     ),
     "llama-4-layers": lambda: tf.LlamaConfig(**SMALL | {"num_hidden_layers": 4}),
+    "llama-heads-of-32": lambda: tf.LlamaConfig(**SMALL | {"num_hidden_layers": 4, "head_dim": 32}),
     "qwen2": lambda: tf.Qwen2Config(**SMALL),
     "qwen3": lambda: tf.Qwen3Config(**SMALL),
     "mistral": lambda: tf.MistralConfig(**SMALL, sliding_window=None),

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from deltakv_hf import DeltaKVCache, InvalidOptionError, dispatch, reading
+from deltakv_hf.code_reading import CodeReader
+from deltakv_hf.config import DeltaKVConfig
 from deltakv_hf.dispatch import Attended
 from deltakv_hf.evaluation.prefill import feed_behind
-from deltakv_hf.selection import Selector, choose
+from deltakv_hf.selection import Choice, Selector, choose
 
 CHOOSING = TIGHT_WINDOW | {"selection": "coarse_to_fine", "keep": 5, "index_bytes": 3}
 
@@ -167,6 +169,40 @@ def test_rows_choose_as_if_alone():
         torch.testing.assert_close(both[row : row + 1], single, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+def test_layers_in_a_row_share_a_choice(padded, monkeypatch):
+    """The first of them scores; each step anew, also after a step was taken back."""
+    model, inputs = tiny_model("llama-4-layers"), inputs_of(padded)
+    model.set_attn_implementation("deltakv")
+    scored, read = [], []
+    score, attend = CodeReader.score, CodeReader.attend
+
+    def watched(self, query, mask, slots=None):
+        read.append(slots)
+        return attend(self, query, mask, slots)
+
+    monkeypatch.setattr(CodeReader, "score", lambda self, *args: scored.append(1) or score(self, *args))
+    monkeypatch.setattr(CodeReader, "attend", watched)
+    cache = after(model, inputs, layers_per_choice=3)
+    first = step(model, inputs, cache)
+    assert len(scored) == 2 and len(read) == 4
+    assert read[0] is read[1] is read[2] and read[3] is not read[2]
+    step(model, inputs, cache, seed=8)
+    assert len(scored) == 4 and read[4] is not read[0]
+    cache.crop(-2)
+    torch.testing.assert_close(step(model, inputs, cache), first, rtol=1e-4, atol=1e-4)
+    assert len(scored) == 6 and cache.stats().selection.layer_steps == 12
+
+
+def test_layers_may_have_budgets_of_their_own():
+    model, inputs = tiny_model("llama"), inputs_of(False)
+    model.set_attn_implementation("deltakv")
+    cache = after(model, inputs, keep=[3, 0.5])
+    compressed = cache._ledger.layout.compressed
+    step(model, inputs, cache)
+    assert [layer.selector.tokens_read for layer in cache.layers] == [2 * 3, 2 * (compressed // 2)]
+
+
 def test_selection_goes_on_after_batch_operations_and_crops():
     model, inputs = tiny_model("llama"), {"input_ids": prompt(2, 60)}
     model.set_attn_implementation("deltakv")
@@ -233,6 +269,9 @@ def test_recall_is_the_share_of_attention():
         class layout:
             compressed = 4
 
+        class state:
+            columns = 5
+
         @staticmethod
         def score(query, mask, num_bytes):
             return torch.where(torch.arange(4) == 1, scores, scores - 60)
@@ -242,7 +281,8 @@ def test_recall_is_the_share_of_attention():
             part = scores if slots is None else scores[..., slots[0]]
             return dispatch.weigh(part.clone(), torch.zeros(1, part.shape[-1], 1), None)
 
-    selector = Selector(keep=1, index_bytes=1, sample_every=1)
+    options = DeltaKVConfig(selection="coarse_to_fine", keep=1, sample_every=1)
+    selector = Selector(options, 1, Choice())
     selector.attend(Codes, torch.zeros(1, 2, 1, 1), None, raw)
     assert selector.recalls == [pytest.approx(0.5)]
 
@@ -275,11 +315,14 @@ def test_the_kernels_choose_and_read_the_same(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": "top"}, "`selection` must be one of all, coarse_to_fine, got 'top'"),
+        ({"selection": "top"}, "`selection` must be one of all, coarse_to_fine, filter_layers, got 'top'"),
         ({"keep": 0}, "`keep` must be a number of tokens .* got 0"),
         ({"keep": 1.5}, "`keep` .* got 1.5"),
         ({"keep": True}, "`keep` .* got True"),
+        ({"keep": (5, 0)}, "`keep` .* got 0"),
+        ({"keep": (5, 5, 5)}, "`keep` must be one number, or one for each of the 2 compressed layers, got 3"),
         ({"index_bytes": 0}, "`index_bytes` must be an integer >= 1, got 0"),
+        ({"layers_per_choice": 0}, "`layers_per_choice` must be an integer >= 1, got 0"),
         ({"sample_every": -1}, "`sample_every` must be an integer >= 0, got -1"),
     ],
 )

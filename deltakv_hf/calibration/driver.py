@@ -19,9 +19,12 @@ from ..errors import InvalidOptionError
 from .capture import evaluating
 from .inputs import calibration_windows, check_differentiable, check_ids, check_positions, nothing_held_out, sources_of
 from .run import Clock, Progress, Run, workspace_key
+from .select_layers import check_number, select_filter_layers
 from .settings import CalibrationSettings
 from .workspace import Workspace
 
+# windows whose attention says which layers choose
+LOOKED_AT = 8
 # ratios tried for a KL, unless all are too large
 TRIES = 4
 LEAST_RATIO, MOST_RATIO = 1.5, 200
@@ -36,6 +39,7 @@ def calibrate(
     tokenizer=None,
     workspace: str | os.PathLike | None = None,
     measured_windows: int | None = None,
+    select_layers: int | None = None,
     progress: Progress = lambda stage, steps: lambda: None,
     **settings,
 ) -> KVCompressor:
@@ -54,6 +58,8 @@ def calibrate(
             off goes on from it, and it is kept. None takes a temporary one.
         measured_windows: windows held out for the report; 0 measures nothing; None takes one for each source, but 4 at
             least, or a fifth of given ids, and 9 at most.
+        select_layers: how many filter layers to choose, for caches with `selection="filter_layers"` (see
+            `select_filter_layers`); None chooses none.
         progress: told of stages and steps.
         **settings: fields of `CalibrationSettings`.
 
@@ -71,6 +77,8 @@ def calibrate(
     ratio = check_goal(ratio, target_kl)
     if measured_windows is not None:
         check_integer("measured_windows", measured_windows, low=0)
+    if select_layers is not None:
+        check_number(model, select_layers)
     check_differentiable(model)
     if isinstance(texts, torch.Tensor):
         settings = replace(settings, window=check_ids(model, texts).shape[1])
@@ -89,6 +97,13 @@ def calibrate(
                 compressor = run.measured(compressor, held_out)
         else:
             compressor = _search(run, held_out, target_kl)
+        if select_layers is not None:
+            looked_at = windows[:LOOKED_AT]
+            advance = progress("choosing filter layers", len(looked_at))
+            with clock("filter layers"):
+                chosen = select_filter_layers(model, looked_at, select_layers, advance=advance)
+            compressor.config["filter_layers"] = chosen
+            compressor.config["calibration"]["seconds"] = clock.seconds
     calibration = compressor.config["calibration"]
     calibration["goal"] = {"ratio": ratio} if target_kl is None else {"target_kl": target_kl}
     if isinstance(texts, Mapping):

@@ -84,6 +84,8 @@ def _print(compressor: KVCompressor, out: Path) -> None:
         ("the compressor itself", size(compressor.nbytes)),
         ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())),
     ]
+    if "filter_layers" in compressor.config:
+        rows.append(("filter layers", ", ".join(map(str, compressor.config["filter_layers"]))))
     for row in compressor.config.get("measured", []):
         rows += [("KL to the full cache", row["kl"]), ("top-1", row["top1"]), ("ΔNLL", row["delta_nll"])]
         rows.append(("measured on", f"held-out windows: {row['held-out windows']}"))

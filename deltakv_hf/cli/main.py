@@ -238,6 +238,9 @@ def calibrate(
     measured_windows: Annotated[
         int | None, typer.Option(help="Windows held out for the report; 0: none. Default: one for each text, 4 to 9.")
     ] = None,
+    select_layers: Annotated[
+        int | None, typer.Option(help='Filter layers to choose, for caches with `selection="filter_layers"`.')
+    ] = None,
     keep_statistics: Annotated[bool, typer.Option(help="Store second moments in the folder.")] = False,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     workspace: Annotated[
@@ -266,6 +269,7 @@ def calibrate(
             "sensitivity_windows": sensitivity_windows,
             "draws": draws,
             "measured_windows": measured_windows,
+            "select_layers": select_layers,
             "keep_statistics": keep_statistics,
             "seed": seed,
         }

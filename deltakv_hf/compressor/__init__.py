@@ -2,6 +2,7 @@
 
 from .coder import Coder
 from .direct import DirectCompressor, DirectStore
+from .int4 import Int4Compressor, Int4Store
 from .learned import Learned, LearnedCompressor, LearnedStore, Network
 from .store import TokenStore
 from .transform import Transform, TransformCompressor, TransformStore, project
@@ -10,6 +11,8 @@ __all__ = [
     "Coder",
     "DirectCompressor",
     "DirectStore",
+    "Int4Compressor",
+    "Int4Store",
     "Learned",
     "LearnedCompressor",
     "LearnedStore",

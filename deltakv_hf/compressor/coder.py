@@ -19,19 +19,16 @@ Pieces = Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
 class Coder(ABC):
     """Codes tokens of one layer, `[K; V]` with all heads joined and keys un-rotated.
 
-    Tokens on the lattice are references and are coded by themselves, any other as what it differs from the mean of its
-    nearest references, as those read back. Nothing here ever changes: copies of a cache share it.
+    Nothing here ever changes: copies of a cache share it.
 
     Attributes:
         width: numbers of a token.
-        lattice: which tokens are references.
-        top_k: references whose mean predicts a token.
+        lattice: which tokens are references; what stands between two of them is read as one.
         encode_tile: tokens coded at once: bounds the float32 copies of a long prefill.
     """
 
     width: int
     lattice: Lattice
-    top_k: int
     encode_tile: int = 2048
 
     def __deepcopy__(self, memo: dict) -> Coder:
@@ -45,21 +42,22 @@ class Coder(ABC):
     def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> TokenStore:
         """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
 
-    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[batch, n, width]` float32 as they are coded: themselves, or their components."""
-        return tokens
+    @abstractmethod
+    def bytes_per_token(self) -> float:
+        """Stored bytes of a compressed token."""
 
     @abstractmethod
-    def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Fields of the store that stand with references, of prepared tokens `[batch, n, numbers]`."""
+    def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
+        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
+
+        Args:
+            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
+            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+        """
 
     @abstractmethod
-    def read_references(self, *fields: torch.Tensor) -> torch.Tensor:
-        """The inverse, float32: what residuals are taken against."""
-
-    @abstractmethod
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Fields that stand with residuals but for `reference_idx`, of prepared tokens (may be overwritten)."""
+    def cut(self, store: TokenStore, count: int) -> TokenStore:
+        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
 
     @abstractmethod
     def references(self, store: TokenStore):
@@ -79,6 +77,33 @@ class Coder(ABC):
             what `TokenStore.read_in_pieces` yields, float32.
         """
 
+
+class ResidualCoder(Coder):
+    """Codes tokens on the lattice by themselves, any other as what it differs from the mean of its nearest references,
+    as those read back.
+
+    Attributes:
+        top_k: references whose mean predicts a token.
+    """
+
+    top_k: int
+
+    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens `[batch, n, width]` float32 as they are coded: themselves, or their components."""
+        return tokens
+
+    @abstractmethod
+    def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Fields of the store that stand with references, of prepared tokens `[batch, n, numbers]`."""
+
+    @abstractmethod
+    def read_references(self, *fields: torch.Tensor) -> torch.Tensor:
+        """The inverse, float32: what residuals are taken against."""
+
+    @abstractmethod
+    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Fields that stand with residuals but for `reference_idx`, of prepared tokens (may be overwritten)."""
+
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
         store, stride = self.empty(1, torch.device("meta")), self.lattice.stride
@@ -87,12 +112,7 @@ class Coder(ABC):
         return (own + (stride - 1) * (sum(sizes.values()) - own)) / stride
 
     def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
-        """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
-
-        Args:
-            rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
-            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
-        """
+        """See `Coder.append`."""
         lattice, names, references = self.lattice, store.reference_names(), None
         num_references = lattice.count(start)
         if not lattice.is_everywhere:

@@ -18,7 +18,7 @@ from .. import dispatch
 from ..config import DeltaKVConfig
 from ..errors import InvalidOptionError
 from ..references import Lattice
-from .coder import Coder, Pieces
+from .coder import Pieces, ResidualCoder
 from .store import TokenStore
 
 
@@ -41,7 +41,7 @@ class DirectStore(TokenStore):
     reference_idx: torch.Tensor
 
 
-class DirectCompressor(Coder):
+class DirectCompressor(ResidualCoder):
     """Codes tokens of one layer without any trained or calibrated weight.
 
     Args:

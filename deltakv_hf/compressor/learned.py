@@ -17,7 +17,7 @@ import torch
 
 from .. import dispatch
 from ..references import Lattice
-from .coder import Coder, Pieces
+from .coder import Pieces, ResidualCoder
 from .store import TokenStore
 
 
@@ -107,7 +107,7 @@ class Learned:
         return self.down(tokens) - self.down(predicted)
 
 
-class LearnedCompressor(Coder):
+class LearnedCompressor(ResidualCoder):
     """Codes tokens of one layer with a `Learned` on the layer's device."""
 
     def __init__(self, learned: Learned):

@@ -19,7 +19,7 @@ import torch
 from .. import dispatch
 from ..references import Lattice
 from .codebook import Codebook
-from .coder import Coder, Pieces
+from .coder import Pieces, ResidualCoder
 from .store import TokenStore
 from .vectors import TokenVectors, token_vectors
 
@@ -115,7 +115,7 @@ def project(
     return torch.addmm(mean, flat, decoder, out=out).view(shape)
 
 
-class TransformCompressor(Coder):
+class TransformCompressor(ResidualCoder):
     """Codes tokens of one layer with a `Transform` on the layer's device."""
 
     def __init__(self, transform: Transform):

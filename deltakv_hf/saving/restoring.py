@@ -166,7 +166,7 @@ def _store_template(compressor, batch_size: int, least: int, most: int, store):
     meta = torch.device("meta")
 
     def size(held) -> int:
-        return sum(part.shape[1] for part in vars(held).values() if torch.is_tensor(part) and part.ndim > 1)
+        return sum(part[:1].numel() for part in vars(held).values() if torch.is_tensor(part) and part.ndim > 1)
 
     count = bisect_left(range(most), size(store), lo=least, key=lambda n: size(compressor.empty(batch_size, meta, n)))
     return compressor.empty(batch_size, meta, count)

@@ -10,7 +10,6 @@ rule, and with a set for each head (`examples/build_corpus.py corpus` makes the 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shlex
 import statistics
@@ -21,33 +20,49 @@ import torch
 from transformers import DynamicCache
 
 from deltakv_hf import DeltaKVCache, KVCompressor
+from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.evaluation.model import load_by_name
 from deltakv_hf.evaluation.prefill import feed_behind
 from deltakv_hf.evaluation.steps import environment
 from deltakv_hf.evaluation.windows import text_windows
 from deltakv_hf.files import write_atomically
-from deltakv_hf.selection import Selector, attention_share, choose
+from deltakv_hf.selection import Choice, Selector, attention_share, choose
 
 SAMPLED = 16
 
 
 class Compared(Selector):
-    """A selector that also tells what other choices would have missed."""
+    """A selector that also tells what other choices would have missed.
+
+    Args:
+        exact_choice: by exact scores, shared as `choice` is; None for filter layers.
+    """
+
+    def __init__(self, selector: Selector, exact_choice: Choice | None):
+        super().__init__(selector.options, selector.keep, selector.choice, selector.layer_idx, selector.first)
+        self.exact_choice = exact_choice
 
     def reset(self) -> None:
         super().reset()
-        self.exact, self.by_head = [], []
+        self.exact, self.by_head, self.sampled = [], [], []
 
     def attend(self, codes, query, mask, raw):
-        if self.steps % SAMPLED == 0:
+        seen = super().attend(codes, query, mask, raw)
+        if (self.steps - 1) % SAMPLED == 0:
             every = codes.attend(query, mask).merge(raw)
+            self.sampled.append(attention_share(seen, every))
             scores, budget = codes.score(query, mask, 2**20), self.budget(codes.layout.compressed)
-            some = codes.attend(query, mask, choose(scores, raw, budget)).merge(raw)
-            self.exact.append(attention_share(some, every))
+            if self.exact_choice is not None:
+                where = self.layer_idx, codes.layout, codes.state.columns
+                slots = self.exact_choice.get(self.first, *where)
+                if slots is None:
+                    slots = choose(scores, raw, budget)
+                    self.exact_choice.put(slots, *where)
+                self.exact.append(attention_share(codes.attend(query, mask, slots).merge(raw), every))
             weights = (scores - every.maximum).exp() / every.total
             others = (raw.maximum - every.maximum).exp() * raw.total / every.total
             self.by_head.append((weights.topk(budget).values.sum(-1, keepdim=True) + others).mean().item())
-        return super().attend(codes, query, mask, raw)
+        return seen
 
 
 def window_figures(model, compressor, ids: torch.Tensor, options) -> dict:
@@ -55,13 +70,12 @@ def window_figures(model, compressor, ids: torch.Tensor, options) -> dict:
     context, targets = ids[None, : options.context], ids[options.context + 1 :]
     full = DynamicCache(config=model.config)
     model(context, past_key_values=full, logits_to_keep=1)
-    chosen = {"selection": "coarse_to_fine", "keep": options.keep, "index_bytes": options.index_bytes}
-    some = DeltaKVCache.from_dynamic(full, model, compressor=compressor, **chosen)
-    every = copy.deepcopy(some)
-    for layer in every.own_layers:
-        layer.selector = None
+    some = DeltaKVCache.from_dynamic(full, model, compressor=compressor, keep=options.keep, **options.options)
+    every = DeltaKVCache.from_dynamic(full, model, compressor=compressor)
+    exact = Choice() if some.options.selection == "coarse_to_fine" else None
     for layer in some.own_layers:
-        layer.selector = Compared(options.keep, options.index_bytes, SAMPLED)
+        if isinstance(layer.compressor, TransformCompressor):
+            layer.selector = Compared(layer.selector, exact)
     expected = feed_behind(model, ids[options.context : -1], full, len(targets)).log_softmax(-1)
     figures = {"full_nll": -expected.gather(1, targets[:, None]).mean().item()}
     for name, cache in (("all", every), ("chosen", some)):
@@ -70,11 +84,13 @@ def window_figures(model, compressor, ids: torch.Tensor, options) -> dict:
             "kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
             "nll": -found.gather(1, targets[:, None]).mean().item(),
         }
+    figures["stored"] = {name: cache.memory_report().ratio for name, cache in (("all", every), ("chosen", some))}
     figures["layers"] = {}
     for layer in some.own_layers:
-        if layer.selector.recalls:
-            parts = {"chosen": layer.selector.recalls, "exact": layer.selector.exact, "by_head": layer.selector.by_head}
-            figures["layers"][layer.layer_idx] = {name: statistics.mean(part) for name, part in parts.items()}
+        selector = layer.selector
+        if isinstance(selector, Compared) and selector.sampled:
+            parts = {"chosen": selector.sampled, "exact": selector.exact, "by_head": selector.by_head}
+            figures["layers"][layer.layer_idx] = {name: statistics.mean(part) for name, part in parts.items() if part}
     return figures
 
 
@@ -86,14 +102,13 @@ def summary(windows: list[dict]) -> dict:
     loss = {name: statistics.mean(window[name]["nll"] for window in windows) for name in ("all", "chosen")}
     full = statistics.mean(window["full_nll"] for window in windows)
     layers = {
-        idx: {
-            name: statistics.mean(window["layers"][idx][name] for window in windows)
-            for name in ("chosen", "exact", "by_head")
-        }
-        for idx in windows[0]["layers"]
+        idx: {name: statistics.mean(window["layers"][idx][name] for window in windows) for name in shares}
+        for idx, shares in windows[0]["layers"].items()
     }
+    stored = {name: statistics.mean(window["stored"][name] for window in windows) for name in ("all", "chosen")}
     return {
         "kl": means,
+        "stored": stored,
         "kl_added": statistics.mean(added),
         "kl_added_se": error,
         "nll_change": {name: value / full - 1 for name, value in loss.items()},
@@ -110,7 +125,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--keep", type=int, default=512)
-    parser.add_argument("--index-bytes", type=int, default=32)
+    parser.add_argument("--options", type=json.loads, default={"selection": "coarse_to_fine"}, help="JSON")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model, tokenizer = load_by_name(options.model, torch.float32)
@@ -130,7 +145,7 @@ def main() -> None:
         }
         write_atomically(options.out, json.dumps(made, indent=1).encode())
         print(path.stem, {name: round(windows[-1][name]["kl"], 5) for name in ("all", "chosen")}, flush=True)
-    print({name: made["summary"][name] for name in ("kl", "kl_added", "kl_added_se", "nll_change")})
+    print({name: made["summary"][name] for name in ("kl", "kl_added", "kl_added_se", "nll_change", "stored")})
 
 
 if __name__ == "__main__":

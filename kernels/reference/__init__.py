@@ -6,7 +6,8 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 from .analyse import analyse
 from .attend import Attended, attend, attend_many, weigh
 from .feed_forward import LINEAR_MAPS, feed_forward
-from .int4_decode import int4_decode, int4_encode
+from .int4_decode import GROUP as INT4_GROUP
+from .int4_decode import int4_decode, int4_dense, int4_encode
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
@@ -17,6 +18,7 @@ from .unrotate import unrotate
 from .vector_quantize import Groups, grid_limit, group_runs, vector_dequantize, vector_quantize
 
 __all__ = [
+    "INT4_GROUP",
     "LINEAR_MAPS",
     "Attended",
     "Groups",
@@ -31,6 +33,7 @@ __all__ = [
     "grid_limit",
     "group_runs",
     "int4_decode",
+    "int4_dense",
     "int4_encode",
     "nearest_references",
     "pack",

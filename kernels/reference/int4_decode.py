@@ -54,6 +54,18 @@ def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(unpack(codes, NBITS), dim=-1), levels
 
 
+def int4_dense(
+    key_codes: torch.Tensor, key_levels: torch.Tensor, value_codes: torch.Tensor, value_levels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `int4_encode` has encoded, read back: `[batch, heads, n, head_dim or value_dim]` float32."""
+    codes = torch.cat(unpack(key_codes.unflatten(2, (-1, GROUP)), NBITS), dim=-1).float()
+    scale, low = key_levels.float().unsqueeze(3).unbind(-1)
+    key_states = (codes * scale + low).flatten(2, 3)
+    codes = torch.cat(unpack(value_codes, NBITS), dim=-1).mT.unflatten(-1, (-1, GROUP)).float()
+    scale, low = value_levels.unflatten(2, (-1, GROUP)).float().unsqueeze(-1).unbind(-2)
+    return key_states, (codes * scale + low).flatten(-2).flatten(2, 3)
+
+
 def int4_decode(
     query: torch.Tensor,
     key_codes: torch.Tensor,
@@ -63,6 +75,7 @@ def int4_decode(
     mask: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> Attended:
     """What queries see in tokens that `int4_encode` has encoded.
 
@@ -75,25 +88,26 @@ def int4_decode(
         block_table: `[batch, blocks]` int32, the blocks of 32 tokens to read, in order: n = 32 * blocks. None: all.
         lengths: `[batch]` int32, how many of the n tokens of each row there are; what stands behind them is not read,
             and may be anything. None: all.
+        scores: `[batch, heads, queries, n]` float32 to be filled in with the scores, -inf for what is not there; or
+            None.
 
     Returns:
         of values, `[batch, heads, queries, value_dim]`.
     """
-    # [batch, heads, blocks, ...]
-    encoded = [key_codes.unflatten(2, (-1, GROUP)), key_levels, value_codes, value_levels.unflatten(2, (-1, GROUP))]
+    encoded = key_codes, key_levels, value_codes, value_levels
     if block_table is not None:
         rows = torch.arange(len(query), device=query.device)[:, None]
-        encoded = [part.transpose(1, 2)[rows, block_table].transpose(1, 2) for part in encoded]
-    key_codes, key_levels, value_codes, value_levels = encoded
-    codes = torch.cat(unpack(key_codes, NBITS), dim=-1).float()
-    scale, low = key_levels.float().unsqueeze(3).unbind(-1)
-    key_states = (codes * scale + low).flatten(2, 3)
-    codes = torch.cat(unpack(value_codes, NBITS), dim=-1).mT.unflatten(-1, (-1, GROUP)).float()
-    scale, low = value_levels.float().unsqueeze(-1).unbind(-2)
-    value_states = (codes * scale + low).flatten(-2).flatten(2, 3)
+        # [batch, heads, blocks, ...]
+        blocks = (part.unflatten(2, (value_codes.shape[2], -1)) for part in encoded)
+        encoded = (part.transpose(1, 2)[rows, block_table].transpose(1, 2).flatten(2, 3) for part in blocks)
+    key_states, value_states = int4_dense(*encoded)
     if lengths is not None:
         is_behind = (torch.arange(key_states.shape[2], device=query.device) >= lengths[:, None])[:, None, None]
         # zero times what is not a number is none either
         key_states, value_states = (part.masked_fill(is_behind.mT, 0.0) for part in (key_states, value_states))
         mask = (query.new_zeros(1).float() if mask is None else mask).masked_fill(is_behind, -torch.inf)
+    if scores is not None:
+        torch.matmul(query.float(), key_states.mT, out=scores)
+        if mask is not None:
+            scores += mask
     return attend(query.float(), key_states, value_states, mask)

@@ -55,6 +55,7 @@ def int4_decode(
     mask: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> Attended:
     """See `reference.int4_decode`."""
     batch, heads, num_queries, head_dim = query.shape
@@ -69,6 +70,9 @@ def int4_decode(
     splits = min(MOST_SPLITS, max(1, programs // (batch * heads * parts)))
     span = triton.cdiv(tiles, splits) * options["BLOCK_TOKENS"]
     splits = triton.cdiv(num_tokens, span)
+    if scores is not None and lengths is not None:
+        # nothing is read there
+        scores.fill_(-torch.inf)
     codes = [_words(part) for part in (key_codes, key_levels, value_codes, value_levels)]
     strides = [0] * 4 if mask is None else mask.expand(batch, heads, num_queries, num_tokens).stride()
 
@@ -77,13 +81,14 @@ def int4_decode(
 
     maxima, totals, mixed = (new(splits, batch, rows, *more) for more in ((), (), (value_dim,)))
     int4_kernel[(splits, heads * parts, batch)](
-        *(query.contiguous(), *codes, mask, block_table, lengths, maxima, totals, mixed),
+        *(query.contiguous(), *codes, mask, block_table, lengths, scores, maxima, totals, mixed),
         *(num_tokens, span, heads, num_queries),
         *(size for part in codes for size in part.stride()[:2]),
         *strides,
         HAS_MASK=mask is not None,
         HAS_TABLE=block_table is not None,
         HAS_LENGTHS=lengths is not None,
+        KEEPS_SCORES=scores is not None,
         **options,
     )
     maximum, total, result = (new(batch, heads, num_queries, size) for size in (1, 1, value_dim))

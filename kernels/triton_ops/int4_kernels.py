@@ -60,6 +60,7 @@ def int4_kernel(
     mask,  # float32
     block_table,  # [batch, blocks] int32
     lengths,  # [batch] int32
+    all_scores,  # [batch, heads, queries, tokens] float32
     maxima,  # [splits, batch, heads * queries] float32, powers of two
     totals,  # [splits, batch, heads * queries] float32, times LARGEST_WEIGHT
     mixed,  # [splits, batch, heads * queries, 8 * value_words] float32, times LARGEST_WEIGHT
@@ -82,6 +83,7 @@ def int4_kernel(
     HAS_MASK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    KEEPS_SCORES: tl.constexpr,
     IS_EXACT: tl.constexpr,  # products in float32
     KEY_WORDS: tl.constexpr,  # of a token
     VALUE_WORDS: tl.constexpr,
@@ -170,6 +172,9 @@ def int4_kernel(
             spot = mask + spot + token.to(tl.int64)[:, None] * mask_token
             scores += tl.load(spot, mask=is_token[:, None] & is_query[None, :], other=0.0) * LOG2E
         scores = tl.where(is_token[:, None], scores, float("-inf"))
+        if KEEPS_SCORES:
+            spot = all_scores + rows[None, :] * num_tokens + token[:, None]
+            tl.store(spot, scores / LOG2E, mask=is_token[:, None] & is_query[None, :])
         largest = tl.maximum(maximum, tl.max(scores, 0))
         weight = tl.exp2(scores - largest[None, :])
         shrink = tl.exp2(maximum - largest)
