@@ -15,6 +15,7 @@ from . import dispatch
 from .compressor import TransformCompressor
 from .compressor.vectors import TokenVectors
 from .layout import Layout
+from .projection import Projection, make_projection
 from .rope import RopeForm, RopeTables
 from .state import LayerState
 
@@ -100,30 +101,37 @@ class CodeReader:
             yield Kind(False, codes, residual, references, span.residual_offsets)
 
     def _attend_kind(self, kind: Kind, query, mask, slots) -> dispatch.Attended:
-        heads, transform, coded, lengths = query.shape[1], self.compressor.transform, kind.coded, None
+        lengths = None
         if slots is None:
             tokens, numbers = kind.offsets, None
         else:
             tokens, numbers, lengths = self._listed(kind, slots)
-        mask, scale = _picked(mask, tokens), coded.largest / transform.weights
-        query, key_map, angles, positions = self._prepared(query, coded, scale, tokens)
+        projection = self._projection(kind.coded, *query.shape[1::2])
+        query, angles, positions = self._prepared(query, tokens)
         seen = dispatch.reconstruct_and_attend(
-            *(query, kind.codes, coded.vectors, key_map, kind.references, angles, mask, numbers, positions, lengths),
-            self.backend,
+            *(query, kind.codes, kind.coded.vectors, projection.key_map, kind.references, angles),
+            *(_picked(mask, tokens), numbers, positions, lengths, self.backend),
         )
-        key_width = heads * query.shape[3]
-        value_map = transform.basis[coded.order, key_width:] * scale[key_width:]
-        value_map = value_map.unflatten(-1, (heads, -1)).transpose(0, 1)
-        mean = transform.mean[key_width:].unflatten(-1, (heads, 1, -1))
-        return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ value_map + seen.total * mean)
+        return projection.values(seen, in_halves=self.backend is None)
 
     def _score_kind(self, kind: Kind, query: torch.Tensor) -> torch.Tensor:
-        scale = kind.coded.largest / self.compressor.transform.weights
-        query, key_map, angles, positions = self._prepared(query, kind.coded, scale, kind.offsets)
+        key_map = self._projection(kind.coded, *query.shape[1::2]).key_map
+        query, angles, positions = self._prepared(query, kind.offsets)
         return dispatch.score_leading(
             *(query, kind.codes, kind.coded.vectors, key_map, kind.references, angles, None, positions, None),
             self.backend,
         )
+
+    def _projection(self, coded: TokenVectors, heads: int, head_dim: int) -> Projection:
+        """Maps of `coded`; where kernels read, they are made once and held."""
+        pairs = 0 if self.form is None else self.tables.cos.shape[-1]
+        rotation, held = (self.form, pairs), coded.projections
+        if rotation in held:
+            return held[rotation]
+        made = make_projection(self.compressor.transform, coded, heads, head_dim, *rotation)
+        if self.backend is None:
+            held[rotation] = made
+        return made
 
     def _listed(self, kind: Kind, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Those of `slots` that are of a kind first: which tokens they are, their numbers, and how many they are."""
@@ -137,18 +145,11 @@ class CodeReader:
         numbers = numbers.clamp(0, kind.codes.shape[1] - 1)
         return tokens, numbers.int(), is_kind.sum(1).int()
 
-    def _prepared(self, query: torch.Tensor, coded: TokenVectors, scale: torch.Tensor, tokens: torch.Tensor | None):
-        """The query and the key map in the order of pairs, tables of angles and where in them tokens stand."""
-        heads, head_dim, transform = *query.shape[1::2], self.compressor.transform
-        key_width, angles, positions = heads * head_dim, None, None
-        basis = transform.basis[:, :key_width][coded.order]
-        keys = basis, scale[:key_width], transform.mean[:key_width]
-        if self.form is not None:
-            pairs = self.tables.cos.shape[-1]
-            query = self.form.paired(query, pairs)
-            keys = (self.form.paired(part.unflatten(-1, (heads, -1)), pairs).flatten(-2) for part in keys)
-            angles, positions = self._angles(tokens)
-        return query, dispatch.KeyMap(*keys), angles, positions
+    def _prepared(self, query: torch.Tensor, tokens: torch.Tensor | None):
+        """The query in the order of pairs, tables of angles and where in them tokens stand."""
+        if self.form is None:
+            return query, None, None
+        return self.form.paired(query, self.tables.cos.shape[-1]), *self._angles(tokens)
 
     def _angles(self, tokens: torch.Tensor | None) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
         """Tables of angles, and where in them compressed tokens (None: all) stand."""

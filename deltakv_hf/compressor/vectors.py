@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,19 @@ class TokenVectors:
         vectors: of the token's own bytes.
         added: `byte_idx, first_entry, vector_size` of its reference's bytes, or None without references.
         largest: float32 without axes, what entries of the table are divided by.
+        projections: what readers have made of it and hold, by how keys are rotated.
     """
 
     order: torch.Tensor
     vectors: Vectors
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     largest: torch.Tensor
+    projections: dict = field(default_factory=dict, compare=False)
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
-        return [self.order, *self.vectors[:4], *(self.added or ()), self.largest]
+        own = [self.order, *self.vectors[:4], *(self.added or ()), self.largest]
+        return own + [part for made in self.projections.values() for part in made.tensors()]
 
 
 def token_vectors(book: Codebook, added: Codebook | None = None, share: torch.Tensor | None = None) -> TokenVectors:
