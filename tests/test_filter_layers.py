@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import new_model, tiny_model
 
 from deltakv_hf import DeltaKVCache, InvalidOptionError, KVCompressor, UnsupportedModelError, dispatch
-from deltakv_hf.calibration.select_layers import best_places, layer_overlap, select_filter_layers
+from deltakv_hf.calibration.select_layers import best_places, kept_attention, select_filter_layers
 from deltakv_hf.code_reading import CodeReader
 from deltakv_hf.compressor import Int4Compressor, Int4Store
 from deltakv_hf.filter_layers import KNOWN, find_filter_layers
@@ -377,19 +377,22 @@ def test_the_best_places_are_those_of_all_tries(count, number, seed):
     assert len(best_places(overlap, number)) == number and best_places(overlap, number)[0] == 0
 
 
-def test_overlap_is_that_of_the_top_tokens_of_any_head():
+def test_attention_is_kept_where_top_tokens_are_shared():
     model = new_model("llama-4-layers", "eager")
     ids = prompt(1, 120)
-    found = layer_overlap(model, ids, [0, 1, 2, 3], 4)
+    found = kept_attention(model, ids, [0, 1, 2, 3], 4)
     with torch.no_grad():
         seen = model(ids, output_attentions=True).attentions
     # 120 - 8 last ones - 64 in a window - 4 sinks = 44 candidates, of which 5 are chosen
-    shared = torch.zeros(4, 4, dtype=torch.float64)
+    kept = torch.zeros(4, 4, dtype=torch.float64)
     for place in range(112, 120):
-        top = [set(part[0, :, place, 4:48].amax(0).topk(5).indices.tolist()) for part in seen]
-        shared += torch.tensor([[len(a & b) / 5 for b in top] for a in top])
-    torch.testing.assert_close(found, shared / 8)
-    assert model.config._attn_implementation == "eager" and found.diagonal().eq(1).all()
+        weights = [part[0, :, place, :48] for part in seen]
+        tops = [part[:, 4:].amax(0).topk(5).indices + 4 for part in weights]
+        kept += torch.tensor(
+            [[1 - part[:, 4:].sum(1).mean() + part[:, top].sum(1).mean() for part in weights] for top in tops]
+        )
+    torch.testing.assert_close(found, (kept / 8).fill_diagonal_(1.0), rtol=0, atol=1e-6)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_calibration_chooses_filter_layers():

@@ -1,4 +1,4 @@
-"""Which layers may choose for the layers behind them: those whose top tokens overlap most with theirs (OmniKV)."""
+"""Which layers may choose for the layers behind them: those whose top tokens these attend to as well."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def select_filter_layers(
     num_sink_tokens: int = 4,
     advance: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Chooses filter layers by dynamic programming on the overlap of the tokens that layers attend to most.
+    """Chooses filter layers by dynamic programming, so that the others lose as little attention as can be.
 
     Args:
         model: on the device where it shall run.
@@ -41,11 +41,11 @@ def select_filter_layers(
         InvalidOptionError: there are fewer layers, or windows are too short.
     """
     layers = check_number(model, number)
-    overlap = torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    kept = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     for ids in windows:
-        overlap += layer_overlap(model, ids.to(model.device)[None], layers, num_sink_tokens)
+        kept += kept_attention(model, ids.to(model.device)[None], layers, num_sink_tokens)
         advance()
-    return [layers[place] for place in best_places(overlap / len(windows), number)]
+    return [layers[place] for place in best_places(kept / len(windows), number)]
 
 
 def check_number(model, number: int) -> list[int]:
@@ -56,10 +56,11 @@ def check_number(model, number: int) -> list[int]:
     return layers
 
 
-def layer_overlap(model, ids: torch.Tensor, layers: list[int], num_sink_tokens: int) -> torch.Tensor:
-    """Share `[layers, layers]` of their top tokens that layers have in common, mean over the last steps of a window.
+def kept_attention(model, ids: torch.Tensor, layers: list[int], num_sink_tokens: int) -> torch.Tensor:
+    """Share `[layers, layers]` of the column's attention that is kept if it reads the row's top tokens.
 
-    The top tokens of a layer are those with the largest softmax weight for any head.
+    The top tokens of a layer are those with the largest softmax weight for any head; sinks and the window are read in
+    any case, and a layer that chooses reads everything itself. Mean over heads and the last steps of a window.
     """
     candidates = slice(num_sink_tokens, ids.shape[1] - STEPS - COMPRESSOR_WINDOW)
     count = int(CHOSEN * (candidates.stop - candidates.start))
@@ -67,17 +68,18 @@ def layer_overlap(model, ids: torch.Tensor, layers: list[int], num_sink_tokens: 
         shortest = num_sink_tokens + STEPS + COMPRESSOR_WINDOW + int(1 / CHOSEN)
         raise InvalidOptionError(f"`windows` must hold {shortest} tokens or more, got {ids.shape[1]}.")
     config = model.config.get_text_config(decoder=True)
-    cache, overlap = DynamicCache(config=config), torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    cache, kept = DynamicCache(config=config), torch.zeros(len(layers), len(layers), dtype=torch.float64)
     model(ids[:, :-STEPS], past_key_values=cache, logits_to_keep=1)
     with _eager(model):
         for token in ids[:, -STEPS:].split(1, dim=1):
             seen = model(token, past_key_values=cache, output_attentions=True).attentions
-            # [layers, candidates]
-            weights = torch.stack([seen[idx][0, :, 0, candidates].float().amax(0) for idx in layers])
-            top = weights.topk(count).indices
-            is_top = torch.zeros_like(weights).scatter_(1, top, 1.0)
-            overlap += (is_top @ is_top.T).double().cpu() / count
-    return overlap / STEPS
+            # [layers, heads, candidates]
+            weights = torch.stack([seen[idx][0, :, 0, candidates].double() for idx in layers])
+            top = weights.amax(1).topk(count).indices
+            is_top = torch.zeros_like(weights[:, 0]).scatter_(1, top, 1.0)
+            weights = weights.mean(1)
+            kept += (1 - (1 - is_top) @ weights.T).cpu()
+    return (kept / STEPS).fill_diagonal_(1.0)
 
 
 @contextmanager
@@ -91,15 +93,15 @@ def _eager(model) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def best_places(overlap: torch.Tensor, number: int) -> list[int]:
-    """`number` layers, the first among them, that overlap most with those up to the next one.
+def best_places(kept: torch.Tensor, number: int) -> list[int]:
+    """`number` layers, the first among them, by which those up to the next one keep most.
 
     Args:
-        overlap: `[layers, layers]` of the row's layer with the column's.
+        kept: `[layers, layers]`, what the column's layer keeps by the row's.
     """
-    count = len(overlap)
+    count = len(kept)
     # of layers a .. b - 1 behind layer a
-    gain = torch.nn.functional.pad(overlap.triu().cumsum(1), (1, 0)).tolist()
+    gain = torch.nn.functional.pad(kept.triu().cumsum(1), (1, 0)).tolist()
     # the best of layers a .. with some of them chosen, a among them: gain and places
     best = {a: (gain[a][count], [a]) for a in range(count)}
     for _ in range(number - 1):
