@@ -15,7 +15,7 @@ from . import dispatch
 from .compressor import TransformCompressor
 from .compressor.vectors import TokenVectors
 from .layout import Layout
-from .projection import Projection, make_projection
+from .maps import make_maps
 from .rope import RopeForm, RopeTables
 from .state import LayerState
 
@@ -46,6 +46,7 @@ class CodeReader:
     Attributes:
         state, layout, form, tables, num_sink_tokens, device: as of `StateReader`.
         compressor: what coded them.
+        scale: of scores.
         backend: of the ops; None: what is fastest.
     """
 
@@ -56,22 +57,29 @@ class CodeReader:
     tables: RopeTables | None
     num_sink_tokens: int
     device: torch.device
+    scale: float
     backend: str | None
 
     def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, slots: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        raw: dispatch.Attended,
+        slots: torch.Tensor | None = None,
     ) -> dispatch.Attended:
-        """What `[batch, heads, queries, head_dim]` float32 see.
+        """What `[batch, heads, queries, head_dim]` see, output in the dtype of the query.
 
         Args:
             mask: of all compressed tokens, as `mask_of_slots` makes it, or None.
-            slots: `[batch, n]` int64, the compressed tokens to read, each once; None: all.
+            raw: what they see in tokens that are not compressed.
+            slots: `[batch, n]` int32, the compressed tokens to read, each once; None: all.
         """
-        transform, seen = self.compressor.transform, None
+        transform, seen = self.compressor.transform, raw
         residual = None if self.compressor.lattice.is_everywhere else transform.residual_vectors
-        for kind in self._kinds(transform.reference_vectors, residual):
-            part = self._attend_kind(kind, query, mask, slots)
-            seen = part if seen is None else seen.merge(part)
+        kinds = list(self._kinds(transform.reference_vectors, residual))
+        for kind in kinds:
+            dtype = query.dtype if kind is kinds[-1] else torch.float32
+            seen = self._attend_kind(kind, query, mask, seen, slots, dtype)
         return seen
 
     def score(self, query: torch.Tensor, mask: torch.Tensor | None, num_bytes: int) -> torch.Tensor:
@@ -80,7 +88,7 @@ class CodeReader:
         found = [self._score_kind(kind, query) for kind in kinds]
         scores = found[0]
         if kinds[0].offsets is not None:
-            scores = query.new_empty(*query.shape[:3], self.layout.compressed)
+            scores = scores.new_empty(*query.shape[:3], self.layout.compressed)
             for kind, part in zip(kinds, found, strict=True):
                 scores[..., kind.offsets] = part
         return scores if mask is None else scores.add_(mask)
@@ -100,35 +108,32 @@ class CodeReader:
             references = dispatch.References(reference_codes, store.reference_idx[..., 0], *residual.added)
             yield Kind(False, codes, residual, references, span.residual_offsets)
 
-    def _attend_kind(self, kind: Kind, query, mask, slots) -> dispatch.Attended:
+    def _attend_kind(self, kind: Kind, query, mask, before, slots, dtype) -> dispatch.Attended:
         lengths = None
         if slots is None:
             tokens, numbers = kind.offsets, None
         else:
             tokens, numbers, lengths = self._listed(kind, slots)
-        projection = self._projection(kind.coded, *query.shape[1::2])
-        query, angles, positions = self._prepared(query, tokens)
-        seen = dispatch.reconstruct_and_attend(
-            *(query, kind.codes, kind.coded.vectors, projection.key_map, kind.references, angles),
-            *(_picked(mask, tokens), numbers, positions, lengths, self.backend),
+        return dispatch.reconstruct_and_attend(
+            *(query, kind.codes, kind.coded.vectors, *self._maps(kind.coded, *query.shape[1::2]), kind.references),
+            *(self._rotation(tokens), _picked(mask, tokens), numbers, lengths, before, self.scale, dtype, self.backend),
         )
-        return projection.values(seen, in_halves=self.backend is None)
 
     def _score_kind(self, kind: Kind, query: torch.Tensor) -> torch.Tensor:
-        key_map = self._projection(kind.coded, *query.shape[1::2]).key_map
-        query, angles, positions = self._prepared(query, kind.offsets)
+        key_map, _ = self._maps(kind.coded, *query.shape[1::2])
         return dispatch.score_leading(
-            *(query, kind.codes, kind.coded.vectors, key_map, kind.references, angles, None, positions, None),
-            self.backend,
+            *(query, kind.codes, kind.coded.vectors, key_map, kind.references, self._rotation(kind.offsets)),
+            scale=self.scale,
+            backend=self.backend,
         )
 
-    def _projection(self, coded: TokenVectors, heads: int, head_dim: int) -> Projection:
-        """Maps of `coded`; where kernels read, they are made once and held."""
+    def _maps(self, coded: TokenVectors, heads: int, head_dim: int) -> tuple[dispatch.KeyMap, dispatch.ValueMap]:
+        """Of `coded`; where kernels read, they are made once and held."""
         pairs = 0 if self.form is None else self.tables.cos.shape[-1]
-        rotation, held = (self.form, pairs), coded.projections
+        rotation, held = (self.form, pairs), coded.maps
         if rotation in held:
             return held[rotation]
-        made = make_projection(self.compressor.transform, coded, heads, head_dim, *rotation)
+        made = make_maps(self.compressor.transform, coded, heads, head_dim, *rotation)
         if self.backend is None:
             held[rotation] = made
         return made
@@ -137,31 +142,27 @@ class CodeReader:
         """Those of `slots` that are of a kind first: which tokens they are, their numbers, and how many they are."""
         stride = self.compressor.lattice.stride
         if kind.offsets is None:
-            return slots, slots.int(), None
+            return slots, slots, None
         is_kind = (slots % stride == 0) == kind.is_reference
         tokens = slots.gather(1, (~is_kind).byte().argsort(dim=1, stable=True))
         numbers = tokens // stride if kind.is_reference else tokens - tokens // stride - 1
         # behind the length stand the others, which are not read
-        numbers = numbers.clamp(0, kind.codes.shape[1] - 1)
-        return tokens, numbers.int(), is_kind.sum(1).int()
+        return tokens, numbers.clamp(0, kind.codes.shape[1] - 1), is_kind.sum(1).int()
 
-    def _prepared(self, query: torch.Tensor, tokens: torch.Tensor | None):
-        """The query in the order of pairs, tables of angles and where in them tokens stand."""
+    def _rotation(self, tokens: torch.Tensor | None) -> dispatch.Rotation | None:
+        """Tables of angles, and where in them compressed tokens, `[n]`, `[batch, n]` or None for all, stand."""
         if self.form is None:
-            return query, None, None
-        return self.form.paired(query, self.tables.cos.shape[-1]), *self._angles(tokens)
-
-    def _angles(self, tokens: torch.Tensor | None) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
-        """Tables of angles, and where in them compressed tokens (None: all) stand."""
-        batch, view, count = self.state.tail_keys.shape[0], self.layout.view(self.device), self.layout.compressed
+            return None
+        view, count, interleaved = self.layout.view(self.device), self.layout.compressed, self.form.is_interleaved
         span, tables = slice(self.num_sink_tokens, self.num_sink_tokens + count), (self.tables.cos, self.tables.sin)
         if view is None:
+            batch = self.state.tail_keys.shape[0]
             positions = None if tokens is None else tokens.int().expand(batch, -1).contiguous()
-            return tuple(table[:, span] for table in tables), positions
+            return dispatch.Rotation(*(table[:, span] for table in tables), interleaved, positions)
         columns = view.columns[:, span]
         if tokens is not None:
-            columns = columns.gather(1, tokens) if tokens.ndim == 2 else columns.index_select(1, tokens)
-        return tables, columns.int().contiguous()
+            columns = columns.gather(1, tokens.long()) if tokens.ndim == 2 else columns.index_select(1, tokens)
+        return dispatch.Rotation(*tables, interleaved, columns.int().contiguous())
 
 
 def _picked(mask: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor | None:
@@ -170,5 +171,5 @@ def _picked(mask: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Ten
         return mask
     if tokens.ndim == 1:
         return mask.index_select(-1, tokens)
-    idx = tokens[:, None, None].expand(-1, *mask.shape[1:3], -1)
+    idx = tokens.long()[:, None, None].expand(-1, *mask.shape[1:3], -1)
     return mask.expand(len(tokens), -1, -1, -1).gather(-1, idx)

@@ -19,14 +19,16 @@ from .kernels.reference import (
     Groups,
     KeyMap,
     References,
+    Rotation,
+    ValueMap,
     Vectors,
-    attend,
     dequantize,
     feed_forward,
     grid_limit,
     group_runs,
     int4_dense,
     int4_encode,
+    paired,
     predict,
     quantize,
     reconstruct,
@@ -41,10 +43,13 @@ __all__ = [
     "Groups",
     "KeyMap",
     "References",
+    "Rotation",
+    "ValueMap",
     "Vectors",
     "analyse",
     "attend",
     "attend_many",
+    "choose",
     "dequantize",
     "feed_forward",
     "grid_limit",
@@ -53,6 +58,7 @@ __all__ = [
     "int4_dense",
     "int4_encode",
     "nearest_references",
+    "paired",
     "predict",
     "quantize",
     "reconstruct",
@@ -67,9 +73,11 @@ __all__ = [
 
 BACKENDS = ("reference", "triton")
 LEAST_CAPABILITY = (7, 5)
-# what a GPU does with Triton by itself: measured, and faster there (docs/kernels.md)
+# what a GPU does with Triton by itself (docs/kernels.md)
 CHOSEN = (
     "analyse",
+    "attend",
+    "choose",
     "int4_decode",
     "nearest_references",
     "reconstruct_and_attend",
@@ -89,6 +97,17 @@ def analyse(
 ) -> torch.Tensor:
     """See `kernels/reference/analyse.py`; backends differ in the order of sums, by a millionth of a token."""
     return _op("analyse", backend, tokens.device)(tokens, mean, weights, inverse)
+
+
+def attend(
+    query: torch.Tensor,
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Attended:
+    """See `kernels/reference/attend.py`; backends differ in the order of sums, in 16 bits in rounding."""
+    return _op("attend", backend, query.device)(query, parts, mask, scale)
 
 
 def attend_many(
@@ -111,7 +130,12 @@ def attend_many(
         query, key_states, value_states, mask, True, scale=scale
     )
     sums = sums[..., : query.shape[2], None]
-    return Attended(sums, torch.ones_like(sums), out.float())
+    return Attended(out.float(), sums)
+
+
+def choose(scores: torch.Tensor, log_total: torch.Tensor, budget: int, backend: str | None = None) -> torch.Tensor:
+    """See `kernels/reference/choose.py`; backends differ where weights are a thousandth apart."""
+    return _op("choose", backend, scores.device)(scores, log_total, budget)
 
 
 def nearest_references(
@@ -156,17 +180,21 @@ def reconstruct_and_attend(
     codes: torch.Tensor,
     vectors: Vectors,
     key_map: KeyMap,
+    value_map: ValueMap,
     references: References | None = None,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: Rotation | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    before: Attended | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Attended:
     """See `kernels/reference/reconstruct_and_attend.py`; backends differ in the order of sums."""
     op = _op("reconstruct_and_attend", backend, query.device)
-    return op(query, codes, vectors, key_map, references, angles, mask, slots, positions, lengths)
+    maps, kind = (key_map, value_map), (references, rotation, mask, slots, lengths)
+    return op(query, codes, vectors, *maps, *kind, before, scale, dtype)
 
 
 def score_leading(
@@ -175,15 +203,15 @@ def score_leading(
     vectors: Vectors,
     key_map: KeyMap,
     references: References | None = None,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: Rotation | None = None,
     slots: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    scale: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """See `kernels/reference/score_leading.py`; backends differ in the order of sums."""
     op = _op("score_leading", backend, query.device)
-    return op(query, codes, vectors, key_map, references, angles, slots, positions, lengths)
+    return op(query, codes, vectors, key_map, references, rotation, slots, lengths, scale)
 
 
 def unrotate(
@@ -207,11 +235,15 @@ def int4_decode(
     block_table: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    before: Attended | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Attended:
     """See `kernels/reference/int4_decode.py`; backends differ in the order of sums, in 16 bits in rounding."""
     op = _op("int4_decode", backend, query.device)
-    return op(query, key_codes, key_levels, value_codes, value_levels, mask, block_table, lengths, scores)
+    encoded, options = (key_codes, key_levels, value_codes, value_levels), (mask, block_table, lengths, scores)
+    return op(query, *encoded, *options, before, scale, dtype)
 
 
 def has_kernels(device: torch.device) -> bool:

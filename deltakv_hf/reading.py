@@ -134,22 +134,22 @@ class StateReader:
         fuses, selector = self._fuses(query), self.selector
         chooses = selector is not None and query.shape[2] == 1
         if chooses and selector.is_worth_it(self.layout.compressed, self.compressor.code_bytes):
-            seen = selector.attend(self._codes(fuses), rows, bias, raw)
+            seen = selector.attend(self._codes(scale, fuses), rows, bias, raw)
         elif fuses:
-            seen = self._codes(fuses).attend(rows, bias).merge(raw)
+            seen = self._codes(scale, fuses).attend(rows, bias, raw)
         else:
-            seen = self._attend_store(rows, bias).merge(raw)
-        return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
+            seen = self._attend_store(rows.float() * scale, bias).merge(raw)
+        return seen.output.to(query.dtype).view(*query.shape[:3], value_dim)
 
     def _prepared(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float):
         """Queries of heads that share keys as more rows, their mask of packed tokens, what they see in raw ones."""
         view, num_sinks, masks = self.layout.view(self.device), self.state.sink_keys.shape[2], (None, None)
-        queries = (query.float() * scale).unflatten(1, (self.state.tail_keys.shape[1], -1))
+        queries = query.unflatten(1, (self.state.tail_keys.shape[1], -1))
         rows = queries.flatten(2, 3)
         if mask is not None:
             span = slice(num_sinks, num_sinks + self.layout.compressed)
             masks = mask_of_slots(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
-        return rows, masks[0], dispatch.attend(rows, *(part.float() for part in self._raw()), masks[1])
+        return rows, masks[0], dispatch.attend(rows, self._raw(), masks[1], scale)
 
     def _attend_int4(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same of a filter layer, which may choose for those behind it."""
@@ -163,13 +163,11 @@ class StateReader:
             bias = None if bias is None else F.pad(bias, (0, num_tokens - count))
         selector = self.selector if query.shape[2] == 1 else None
         if selector is not None and selector.budget(count) < count:
-            scores = rows.new_empty(*rows.shape[:3], num_tokens)
-        # tensor cores round to 16 bits, which a model in float32 did not ask for
-        asked = rows.half() if query.dtype in HALVES else rows
-        seen = dispatch.int4_decode(asked, *encoded, bias, None, lengths, scores)
+            scores = rows.new_empty(*rows.shape[:3], num_tokens, dtype=torch.float32)
+        seen = dispatch.int4_decode(rows, *encoded, bias, None, lengths, scores, raw, scale, query.dtype)
         if scores is not None:
             selector.choose(scores[..., :count], raw, self.layout, self.state.columns)
-        return seen.merge(raw).result().to(query.dtype).view(*query.shape[:3], -1)
+        return seen.output.view(*query.shape[:3], -1)
 
     def _attend_decoded(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same for many queries: tile after tile is decoded and attended to, never all of them at once."""
@@ -179,7 +177,7 @@ class StateReader:
         queries = query.unflatten(1, (heads, -1))
         rows, references = queries.flatten(2, 3), compressor.references(state.store)
         raw_mask = None if mask is None else self._mask_of_raw(mask, queries, view)
-        raw = (part.to(query.dtype) for part in self._raw())
+        raw = (torch.cat(kind, dim=2).to(query.dtype) for kind in zip(*self._raw(), strict=True))
         seen, tile_mask = dispatch.attend_many(rows, *raw, raw_mask, scale), None
         for start, stop, angles, scratch in self._tiles(0 if mask is None else rows.shape[2]):
             keys, values = (query.new_empty(batch, heads, stop - start, size) for size in (head_dim, value_dim))
@@ -187,7 +185,7 @@ class StateReader:
             if mask is not None:
                 tile_mask = mask_of_slots(mask, queries, view, slice(num_sinks + start, num_sinks + stop))
             seen = seen.merge(dispatch.attend_many(rows, keys, values, tile_mask, scale))
-        return seen.result().to(query.dtype).view(*query.shape[:3], value_dim)
+        return seen.output.to(query.dtype).view(*query.shape[:3], value_dim)
 
     def _attend_store(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
         """What `[batch, heads, queries, head_dim]` see in the packed tokens."""
@@ -211,7 +209,9 @@ class StateReader:
                 part = dispatch.weigh(scores, components, bias)
                 seen = part if seen is None else seen.merge(part)
         mean, decoder = value_map.unflatten(-1, (heads, -1)).transpose(0, 1).tensor_split([1], 1)
-        return dispatch.Attended(seen.maximum, seen.total, seen.mixed @ decoder + seen.total * mean)
+        # a query that sees nothing has no mean either
+        output = torch.where(seen.log_total.isneginf(), 0.0, seen.output @ decoder + mean)
+        return dispatch.Attended(output, seen.log_total)
 
     def _fuses(self, query: torch.Tensor) -> bool:
         """Whether one op is the faster way for `query`, as the model made it."""
@@ -222,15 +222,18 @@ class StateReader:
         row_bytes = self.state.store.reference_codes[0].numel(), self.state.store.residual_codes[0].numel()
         return max(row_bytes) < 2**31 and dispatch.has_kernels(self.device)
 
-    def _codes(self, fuses: bool) -> CodeReader:
+    def _codes(self, scale: float, fuses: bool) -> CodeReader:
         held = (self.state, self.layout, self.compressor, self.form, self.tables, self.num_sink_tokens, self.device)
-        return CodeReader(*held, None if fuses else "reference")
+        return CodeReader(*held, scale, None if fuses else "reference")
 
-    def _raw(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _raw(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of sinks, tail and pending tokens."""
         state = self.state
-        keys = torch.cat([state.sink_keys, state.tail_keys, state.pending_keys], dim=2)
-        return keys, torch.cat([state.sink_values, state.tail_values, state.pending_values], dim=2)
+        return [
+            (state.sink_keys, state.sink_values),
+            (state.tail_keys, state.tail_values),
+            (state.pending_keys, state.pending_values),
+        ]
 
     def _mask_of_raw(self, mask: torch.Tensor, queries: torch.Tensor, view: View | None) -> torch.Tensor:
         """Of a host's mask one of sinks, tail and pending tokens, added to the scores."""

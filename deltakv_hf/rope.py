@@ -30,6 +30,11 @@ class RopeForm:
     pairing: str
     table: str
 
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether the numbers of a pair are neighbours."""
+        return self.pairing == "interleaved"
+
     def angles(self, table: torch.Tensor) -> torch.Tensor:
         """Cuts a table `[.., tokens, width]` to one number per pair, `[.., tokens, n/2]`, as a copy."""
         if self.table == "single":
@@ -55,12 +60,8 @@ class RopeForm:
         return torch.cat([turned, x[..., turned.shape[-1] :]], dim=-1)
 
     def paired(self, x: torch.Tensor, num_pairs: int) -> torch.Tensor:
-        """The last axis in another order: both numbers of a rotated pair side by side, pairs first.
-
-        In this order a rotation is a product of complex numbers, and scores stay the same if queries stand in it too.
-        """
-        first, second = self._pairs(x, num_pairs)
-        return torch.cat([torch.stack([first, second], dim=-1).flatten(-2), x[..., 2 * num_pairs :]], dim=-1)
+        """The last axis with both numbers of a rotated pair side by side, pairs first."""
+        return dispatch.paired(x, num_pairs, self.is_interleaved)
 
     def _pairs(self, x: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.pairing == "half":
@@ -80,7 +81,7 @@ def unrotated_tokens(
         form: how the keys are rotated, or None if they are not.
         angles: cos, sin `[1 or rows, n, n/2]` float32; None without a form.
     """
-    return dispatch.unrotate(keys, values, angles, form is not None and form.pairing == "interleaved")
+    return dispatch.unrotate(keys, values, angles, form is not None and form.is_interleaved)
 
 
 class RopeTables:

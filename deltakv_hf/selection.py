@@ -12,10 +12,10 @@ import math
 
 import torch
 
+from . import dispatch
 from .code_reading import CodeReader
 from .compressor.kv_compressor import KVCompressor
 from .config import DeltaKVConfig
-from .dispatch import Attended
 from .errors import InvalidOptionError
 from .filter_layers import find_filter_layers
 from .layout import Layout
@@ -79,17 +79,26 @@ class Selector:
         is_long = self.options.selection == "filter_layers" or code_bytes > self.options.index_bytes
         return is_long and self.budget(compressed) < compressed
 
-    def choose(self, scores: torch.Tensor, raw: Attended, layout: Layout, columns: int) -> torch.Tensor:
+    def choose(
+        self,
+        scores: torch.Tensor,
+        raw: dispatch.Attended,
+        layout: Layout,
+        columns: int,
+        backend: str | None = None,
+    ) -> torch.Tensor:
         """Chooses by `scores` of all compressed tokens, for this layer and those behind it."""
-        slots = choose(scores, raw, self.budget(layout.compressed))
+        slots = dispatch.choose(scores, raw.log_total, self.budget(layout.compressed), backend)
         self.choice.put(slots, self.layer_idx, layout, columns)
         return slots
 
-    def attend(self, codes: CodeReader, query: torch.Tensor, mask: torch.Tensor | None, raw: Attended) -> Attended:
+    def attend(
+        self, codes: CodeReader, query: torch.Tensor, mask: torch.Tensor | None, raw: dispatch.Attended
+    ) -> dispatch.Attended:
         """What a step sees in chosen compressed tokens and in `raw`.
 
         Args:
-            query: `[batch, heads, queries, head_dim]` float32, of one column.
+            query: `[batch, heads, queries, head_dim]`, of one column.
             mask: of the compressed tokens.
             raw: what was seen in sinks, window and pending tokens.
         """
@@ -98,11 +107,12 @@ class Selector:
         if slots is None:
             if self.options.selection == "filter_layers":
                 # the filter layer was read by another attention
-                return codes.attend(query, mask).merge(raw)
-            slots = self.choose(codes.score(query, mask, self.options.index_bytes), raw, layout, columns)
-        seen, every = codes.attend(query, mask, slots).merge(raw), self.options.sample_every
+                return codes.attend(query, mask, raw)
+            scores = codes.score(query, mask, self.options.index_bytes)
+            slots = self.choose(scores, raw, layout, columns, codes.backend)
+        seen, every = codes.attend(query, mask, raw, slots), self.options.sample_every
         if every and self.steps % every == 0:
-            self.recalls.append(attention_share(seen, codes.attend(query, mask).merge(raw)))
+            self.recalls.append(attention_share(seen, codes.attend(query, mask, raw)))
         self.steps += 1
         self.tokens_read += slots.numel()
         self.tokens_held += layout.compressed * len(query)
@@ -174,23 +184,7 @@ def selection_stats(selectors: list[Selector | None]) -> SelectionStats | None:
     return SelectionStats(*counts, sum(recalls) / len(recalls) if recalls else None)
 
 
-def choose(scores: torch.Tensor, raw: Attended, budget: int) -> torch.Tensor:
-    """The tokens with the largest weight for any head and query, one set for all of them.
-
-    Args:
-        scores: `[batch, heads, queries, n]` float32.
-        raw: what was seen in tokens that are read in any case.
-
-    Returns:
-        `[batch, budget]` int64, ascending.
-    """
-    # a head that looks elsewhere has no say here
-    everywhere = torch.logaddexp(scores.logsumexp(-1, keepdim=True), raw.maximum + raw.total.log())
-    weights = (scores - everywhere).nan_to_num_(nan=-torch.inf).amax((1, 2))
-    return weights.topk(budget, sorted=False).indices.sort(dim=-1).values
-
-
-def attention_share(some: Attended, every: Attended) -> float:
+def attention_share(some: dispatch.Attended, every: dispatch.Attended) -> float:
     """Of the attention of `every` that went to the tokens of `some`."""
-    share = (some.maximum - every.maximum).exp() * some.total / every.total
+    share = (some.log_total - every.log_total).exp()
     return share.nan_to_num(1.0).mean().item()

@@ -9,11 +9,18 @@ import torch
 import triton
 from deltakv_hf.kernels.triton_ops import (
     analyse,
+    attend,
     attend_kernels,
+    choose,
+    choose_kernels,
+    decoding,
     int4_decode,
     int4_kernels,
+    lead_kernels,
+    merge_kernels,
     nearest_references,
     round_rows,
+    score_leading,
     scoring,
     unrotate,
     vector_dequantize,
@@ -57,12 +64,24 @@ INDICES = (
 )
 DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride", "width room")
 DECODE |= integers("reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2")
-SCORE = HALVES | INDICES | integers("first num_tokens num_components part_size num_heads num_queries angle_stride")
+SCORE = (
+    HALVES
+    | INDICES
+    | {"query": "*bf16", "scale": "fp32"}
+    | integers("first num_tokens num_components part_size num_heads num_queries angle_stride")
+)
 SCORE |= integers("mask_row mask_head mask_query mask_token", "width room score_room half pairs map_stride")
 MIX = HALVES | integers("chunk count num_components num_rows row_blocks", "span width room")
-MERGE = integers("num_spans num_components")
+SEEN = {"output": "*bf16"} | integers("num_spans num_heads num_queries num_blocks", "num_components")
+PROJECT = SEEN | {"value_map": "*fp16"}
+RAW = integers("num_tokens first second third num_heads num_queries mask_row mask_head mask_query mask_token")
+RAW |= {"scale": "fp32"}
+CHOOSE = dict.fromkeys("keys counters tallies slots".split(), "*i32")
+CHOOSE |= integers("num_tokens num_rows num_spans budget", "span room")
 INT4 = dict.fromkeys(("key_codes", "key_levels", "value_codes", "value_levels", "block_table", "lengths"), "*i32")
-INT4 |= integers("num_tokens span num_heads num_queries mask_row mask_head mask_query mask_token")
+INT4 |= {"query_scale": "fp32"} | integers(
+    "num_tokens span num_heads num_queries mask_row mask_head mask_query mask_token"
+)
 INT4 |= {name: WHOLE for name in int4_decode.int4_kernel.arg_names if name.endswith(("_row", "_head"))} | INT4
 
 
@@ -86,17 +105,21 @@ def kernels(capability: int):
         yield vector_quantize.assign_kernel, ASSIGN, constants | vector_quantize.TILE, {}
     for has_references in (True, False):
         constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
-        yield attend_kernels.decode_kernel, DECODE, constants | scoring.DECODE_TILE, {}
+        yield attend_kernels.decode_kernel, DECODE, constants | decoding.DECODE_TILE, {}
     for half in (32, 64, 128):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):
             constants = {
                 "HAS_MASK": True,
                 "HAS_POSITIONS": True,
                 "HAS_LENGTHS": True,
+                "INTERLEAVED": half == 32,
                 "HALF": half,
                 "QUERIES": scoring.MOST_QUERIES,
             }
             yield attend_kernels.score_kernel, types, constants | scoring.score_tile(half, dtype, capability), {}
+            constants = {name: part for name, part in constants.items() if name != "HAS_MASK"}
+            constants |= {"QUERIES": score_leading.QUERIES} | score_leading.tile(half, dtype, capability)
+            yield lead_kernels.lead_kernel, types, constants, {}
     for rows in (16, 64):
         for dtype, types in ((torch.float16, MIX), (torch.float32, {n: t for n, t in MIX.items() if t != "*fp16"})):
             constants = {"PARTS": 2, "ROWS": rows, "num_stages": ra.mix_stages(dtype)} | ra.MIX_TILE
@@ -108,7 +131,30 @@ def kernels(capability: int):
             constants |= int4_decode.shapes(head_dim, head_dim, queries, dtype, capability)
             constants.pop("programs")
             yield int4_kernels.int4_kernel, INT4 | {"query": query}, constants, {}
-    yield attend_kernels.merge_kernel, MERGE, {"SPANS": 64, "BLOCK_COMPONENTS": ra.MIX_TILE["BLOCK_COMPONENTS"]}, {}
+    for value_dim, rows in ((128, 16), (256, 64)):
+        constants = {"VALUE_DIM": value_dim, "SPANS": 8}
+        seen = constants | {"HAS_BEFORE": True}
+        yield merge_kernels.merge_kernel, SEEN, seen | {"BLOCK_VALUES": merge_kernels.MERGE_VALUES}, {}
+        seen |= {"BLOCKS": 16, "BLOCK_VALUES": triton.next_power_of_2(value_dim)}
+        yield merge_kernels.finish_kernel, SEEN, seen, {}
+        constants |= {"ROWS": rows, "BLOCK_VALUES": ra.PROJECT_VALUES, "BLOCK_COMPONENTS": 128}
+        yield merge_kernels.project_kernel, PROJECT, constants, {}
+    for dtype, kind, head_dim in (
+        (torch.float16, "*fp16", 80),
+        (torch.bfloat16, "*bf16", 128),
+        (torch.float32, "*fp32", 256),
+    ):
+        types = {name: kind for name in attend.attend_kernel.arg_names if name.endswith(("query", "keys", "values"))}
+        constants = {"HAS_MASK": True, "IS_WHOLE": head_dim == 128, "SPAN": attend.SPAN, "ROWS": attend.ROWS}
+        constants |= {"HEAD_DIM": head_dim, "VALUE_DIM": head_dim}
+        constants |= dict.fromkeys(("KEY_BLOCK", "VALUE_BLOCK"), triton.next_power_of_2(head_dim))
+        tile = attend.tile(head_dim, dtype, capability)
+        yield attend.attend_kernel, types | RAW | {"mask_query": I32}, constants | tile, {}
+    constants = {"SPANS": 16, "ROWS": choose.KEY_ROWS, "BLOCK": choose.KEY_TOKENS}
+    yield choose_kernels.sum_kernel, CHOOSE, {"BLOCK": choose.SUM_TOKENS}, {}
+    yield choose_kernels.key_kernel, CHOOSE, constants, {"num_warps": 8}
+    yield choose_kernels.tally_kernel, CHOOSE, {"BLOCK": choose.BLOCK}, {}
+    yield choose_kernels.write_kernel, CHOOSE, {"BLOCK": choose.BLOCK, "BLOCKS": 128}, {}
 
 
 for capability in CAPABILITIES:

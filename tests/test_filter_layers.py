@@ -16,7 +16,6 @@ from deltakv_hf.calibration.select_layers import best_places, kept_attention, se
 from deltakv_hf.code_reading import CodeReader
 from deltakv_hf.compressor import Int4Compressor, Int4Store
 from deltakv_hf.filter_layers import KNOWN, find_filter_layers
-from deltakv_hf.selection import choose
 
 FILTERED = dict(recent_window=8, block_size=32, num_sink_tokens=2, selection="filter_layers", keep=9)
 LAYERS = 0, 2
@@ -183,15 +182,15 @@ def test_layers_read_what_the_filter_layer_before_them_has_chosen(padded, monkey
     inputs, read, chosen = inputs_of(padded), [], []
     cache, attend, ask = after(inputs), CodeReader.attend, dispatch.int4_decode
 
-    def watched(self, query, mask, slots=None):
+    def watched(self, query, mask, raw, slots=None):
         read.append(slots)
-        return attend(self, query, mask, slots)
+        return attend(self, query, mask, raw, slots)
 
     def watched_decode(query, *args):
-        seen, scores = ask(query, *args), args[-1]
+        seen, scores, scale = ask(query, *args), args[7], args[9]
         assert scores.isfinite().any()
         keys = dispatch.int4_dense(*args[:4])[0]
-        exact = query @ keys.mT + (0 if args[4] is None else args[4])
+        exact = query @ keys.mT * scale + (0 if args[4] is None else args[4])
         chosen.append(exact)
         return seen
 
@@ -204,7 +203,7 @@ def test_layers_read_what_the_filter_layer_before_them_has_chosen(padded, monkey
         assert len(read) == len(chosen) == 2
         for place in (0, 1):
             # layers 0 and 2 choose, 1 and 3 read
-            expected = choose(chosen[place], raws[2 * place], 9)
+            expected = dispatch.choose(chosen[place], raws[2 * place].log_total, 9)
             assert torch.equal(read[place], expected)
     stats = cache.stats().selection
     assert stats.layer_steps == 6 and stats.tokens_read == 6 * 2 * 9 and stats.recall is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressors import TIGHT_WINDOW, compressor_of, random_compressor
-from deltakv_hf.kernels.reference import attend
+from deltakv_hf.kernels.reference import attend, weigh
 from families import BY_NAME
 from helpers import TIGHT, left_padded, prompt, set_scratch_bytes
 from hypothesis import given
@@ -51,38 +51,35 @@ def attended(monkeypatch):
 )
 def test_parts_merge_to_the_whole(edges, heads, queries, seed, masked):
     generator = torch.Generator().manual_seed(seed)
-    query, keys, values = (
-        torch.randn(2, heads, n, 8, generator=generator, dtype=torch.float64) for n in (queries, 24, 24)
-    )
+    query, keys, values = (torch.randn(2, heads, n, 8, generator=generator) for n in (queries, 24, 24))
     mask = None
     if masked:
         # the first query may see nothing in some part
-        mask = torch.zeros(2, 1, queries, 24, dtype=torch.float64)
+        mask = torch.zeros(2, 1, queries, 24)
         mask.masked_fill_(torch.rand(mask.shape, generator=generator) < 0.5, -torch.inf)[..., -1] = 0
-    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
+    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.7)
     edges = [0, *sorted(edges), 24]
     for common in (False, True):
         if common:
             values = values[:, :1].expand(-1, heads, -1, -1)
-            expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
-        parts = [
-            attend(
-                query,
-                keys[:, :, a:b],
-                values[:, 0, a:b] if common else values[:, :, a:b],
-                None if mask is None else mask[..., a:b],
-            )
-            for a, b in zip(edges, edges[1:], strict=False)
-        ]
+            expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.7)
+        parts = []
+        for a, b in zip(edges, edges[1:], strict=False):
+            scores, part = query @ keys[:, :, a:b].mT * 0.7, None if mask is None else mask[..., a:b]
+            if common:
+                parts.append(weigh(scores, values[:, 0, a:b], part))
+            else:
+                parts.append(attend(query, [(keys[:, :, a:b], values[:, :, a:b])], part, 0.7))
         merged = parts[0]
         for part in parts[1:]:
             merged = merged.merge(part)
-        torch.testing.assert_close(merged.result(), expected)
+        torch.testing.assert_close(merged.output, expected)
 
 
 def test_a_query_that_sees_nothing_gets_zero():
-    seen = attend(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4), torch.ones(1, 3, 5), torch.full((2, 3), -torch.inf))
-    assert torch.equal(seen.merge(seen).result(), torch.zeros(1, 1, 2, 5))
+    tokens = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 5)
+    seen = attend(torch.ones(1, 1, 2, 4), [tokens], torch.full((2, 3), -torch.inf))
+    assert torch.equal(seen.merge(seen).output, torch.zeros(1, 1, 2, 5)) and seen.log_total.isneginf().all()
 
 
 def steps(model, inputs, lengths=(1, 1, 1, 1), crop=0, keep=None, make=random_compressor):

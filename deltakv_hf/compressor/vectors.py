@@ -24,19 +24,19 @@ class TokenVectors:
         vectors: of the token's own bytes.
         added: `byte_idx, first_entry, vector_size` of its reference's bytes, or None without references.
         largest: float32 without axes, what entries of the table are divided by.
-        projections: what readers have made of it and hold, by how keys are rotated.
+        maps: to keys and values, what readers have made of it and hold, by how keys are rotated.
     """
 
     order: torch.Tensor
     vectors: Vectors
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     largest: torch.Tensor
-    projections: dict = field(default_factory=dict, compare=False)
+    maps: dict = field(default_factory=dict, compare=False)
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
         own = [self.order, *self.vectors[:4], *(self.added or ()), self.largest]
-        return own + [part for made in self.projections.values() for part in made.tensors()]
+        return own + [part for made in self.maps.values() for kind in made for part in kind]
 
 
 def token_vectors(book: Codebook, added: Codebook | None = None, share: torch.Tensor | None = None) -> TokenVectors:

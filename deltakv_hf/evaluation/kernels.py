@@ -23,6 +23,7 @@ HEADS, QUERIES, HEAD_DIM = 8, 4, 128
 # groups of one byte, and components of each
 RUNS = ((40, 1), (90, 2), (110, 3), (60, 4), (40, 5), (26, 6), (20, 8), (10, 10), (8, 12), (5, 20))
 REFERENCE_STRIDE, SELECTED, INDEX_BYTES, REPEATS = 10, 2048, 32, 20
+RAW = (4, 128, 16)
 # written between two measurements, so that nothing is left in a cache of the device
 FLUSHED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 
@@ -144,9 +145,14 @@ class _Layer:
         self.vectors, self.key_map = reading(self.book)
         self.leading, self.leading_map = reading(self.book.leading(self.book.components_in(INDEX_BYTES)))
         turn = random(1, num_tokens, HEAD_DIM // 2)
-        self.angles = turn.cos().to(torch.bfloat16), turn.sin().to(torch.bfloat16)
+        self.rotation = dispatch.Rotation(turn.cos().to(torch.bfloat16), turn.sin().to(torch.bfloat16), False)
+        scaling = torch.ones(HEADS, 1, HEAD_DIM, device=device), random(HEADS, 1, HEAD_DIM)
+        matrix = random(HEADS, len(self.vectors.byte_idx), HEAD_DIM) / place**0.5
+        self.value_map = dispatch.ValueMap(matrix.to(dtype), *scaling)
         self.slots = torch.randperm(num_tokens, generator=generator, device=device)[:SELECTED].sort().values[None].int()
         self.dense = [random(1, HEADS, num_tokens, HEAD_DIM).to(torch.bfloat16) for _ in range(2)]
+        # sinks, recent window and pending tokens
+        self.raw = [tuple(part[:, :, :count].clone() for part in self.dense) for count in RAW]
         self.half_angles = turn.cos(), turn.sin()
         self.wide = random(1, num_tokens, 2 * self.width)
         self.scaling = random(2 * self.width), torch.rand(2 * self.width, generator=generator, device=device)
@@ -189,27 +195,39 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
         return dispatch.vector_quantize(layer.tokens, book.starts, book.tables, book.steps, book.groups, backend)
 
     yield timing("vector_quantize", f"{n:,} tokens", quantize, size, 2 * 256 * components * n)
+
+    half_query = layer.query.to(layer.dense[0].dtype)
+
+    def raw():
+        return dispatch.attend(half_query, layer.raw, None, HEAD_DIM**-0.5, backend)
+
+    before, count = raw(), sum(RAW)
+    size, flops = 4 * count * layer.width, 4 * count * layer.width * QUERIES
+    yield timing("attend", f"{count} raw tokens", raw, size, flops)
     for slots, count, what in ((None, n, f"all of {n:,}"), (layer.slots, SELECTED, f"{SELECTED:,} of {n:,}")):
 
         def attend(slots=slots):
-            parts = layer.codes, layer.vectors, layer.key_map
+            parts = layer.codes, layer.vectors, layer.key_map, layer.value_map, None, layer.rotation
             return dispatch.reconstruct_and_attend(
-                layer.query, *parts, angles=layer.angles, slots=slots, backend=backend
+                half_query, *parts, slots=slots, before=before, dtype=half_query.dtype, backend=backend
             )
 
         flops = 2 * count * components * (layer.width + HEADS * QUERIES)
         yield timing("reconstruct_and_attend", what, attend, count * num_bytes, flops)
 
     def lead():
-        return dispatch.score_leading(
-            layer.query, layer.codes, layer.leading, layer.leading_map, angles=layer.angles, backend=backend
-        )
+        parts = layer.codes, layer.leading, layer.leading_map, None, layer.rotation
+        return dispatch.score_leading(half_query, *parts, backend=backend)
 
     size, flops = n * INDEX_BYTES, 2 * n * len(layer.leading.byte_idx) * layer.width
     yield timing("score_leading", f"{INDEX_BYTES} bytes of {n:,}", lead, size, flops)
-    query = layer.query.flatten(1, 2)[:, :, None].to(torch.bfloat16)
+    scores = lead()
 
-    half_query = layer.query.to(layer.vectors.table.dtype)
+    def choose():
+        return dispatch.choose(scores, before.log_total, SELECTED, backend)
+
+    yield timing("choose", f"{SELECTED:,} of {n:,}", choose, scores.nbytes, 0)
+    query = layer.query.flatten(1, 2)[:, :, None].to(torch.bfloat16)
 
     def packed():
         return dispatch.int4_decode(half_query, *layer.packed, backend=backend)

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from deltakv_hf import DeltaKVCache, KVCompressor
+from deltakv_hf import DeltaKVCache, KVCompressor, dispatch
 from deltakv_hf.compressor import TransformCompressor
 from deltakv_hf.evaluation.model import load_by_name
 from deltakv_hf.evaluation.prefill import feed_behind
 from deltakv_hf.evaluation.steps import environment
 from deltakv_hf.evaluation.windows import text_windows
 from deltakv_hf.files import write_atomically
-from deltakv_hf.selection import Choice, Selector, attention_share, choose
+from deltakv_hf.selection import Choice, Selector, attention_share
 
 SAMPLED = 16
 
@@ -49,18 +49,17 @@ class Compared(Selector):
     def attend(self, codes, query, mask, raw):
         seen = super().attend(codes, query, mask, raw)
         if (self.steps - 1) % SAMPLED == 0:
-            every = codes.attend(query, mask).merge(raw)
+            every = codes.attend(query, mask, raw)
             self.sampled.append(attention_share(seen, every))
             scores, budget = codes.score(query, mask, 2**20), self.budget(codes.layout.compressed)
             if self.exact_choice is not None:
                 where = self.layer_idx, codes.layout, codes.state.columns
                 slots = self.exact_choice.get(self.first, *where)
                 if slots is None:
-                    slots = choose(scores, raw, budget)
+                    slots = dispatch.choose(scores, raw.log_total, budget)
                     self.exact_choice.put(slots, *where)
-                self.exact.append(attention_share(codes.attend(query, mask, slots).merge(raw), every))
-            weights = (scores - every.maximum).exp() / every.total
-            others = (raw.maximum - every.maximum).exp() * raw.total / every.total
+                self.exact.append(attention_share(codes.attend(query, mask, raw, slots), every))
+            weights, others = (scores - every.log_total).exp(), (raw.log_total - every.log_total).exp()
             self.by_head.append((weights.topk(budget).values.sum(-1, keepdim=True) + others).mean().item())
         return seen
 

@@ -5,14 +5,22 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 
 from .analyse import analyse
 from .attend import Attended, attend, attend_many, weigh
+from .choose import choose
 from .feed_forward import LINEAR_MAPS, feed_forward
 from .int4_decode import GROUP as INT4_GROUP
 from .int4_decode import int4_decode, int4_dense, int4_encode
 from .nearest_references import nearest_references
 from .quantize import dequantize, pack, quantize, unpack
 from .reconstruct import predict, reconstruct
-from .reconstruct_and_attend import KeyMap, References, Vectors, reconstruct_and_attend
-from .score import score
+from .reconstruct_and_attend import (
+    KeyMap,
+    References,
+    Rotation,
+    ValueMap,
+    Vectors,
+    reconstruct_and_attend,
+)
+from .score import paired, score
 from .score_leading import score_leading
 from .unrotate import unrotate
 from .vector_quantize import Groups, grid_limit, group_runs, vector_dequantize, vector_quantize
@@ -24,10 +32,13 @@ __all__ = [
     "Groups",
     "KeyMap",
     "References",
+    "Rotation",
+    "ValueMap",
     "Vectors",
     "analyse",
     "attend",
     "attend_many",
+    "choose",
     "dequantize",
     "feed_forward",
     "grid_limit",
@@ -37,6 +48,7 @@ __all__ = [
     "int4_encode",
     "nearest_references",
     "pack",
+    "paired",
     "predict",
     "quantize",
     "reconstruct",

@@ -20,42 +20,47 @@ class Attended:
     """What queries saw in some of the tokens, float32.
 
     Attributes:
-        maximum: `[batch, heads, queries, 1]`, largest score.
-        total: `[batch, heads, queries, 1]`, sum of `exp(score - maximum)`.
-        mixed: `[batch, heads, queries, width]`, sum of `exp(score - maximum) * value`.
+        output: `[batch, heads, queries, width]`, values weighted by the softmax over these tokens; zero for a query
+            that may see none of them.
+        log_total: `[batch, heads, queries, 1]`, logarithm of the sum of `exp(score)`; -inf for such a query.
     """
 
-    maximum: torch.Tensor
-    total: torch.Tensor
-    mixed: torch.Tensor
+    output: torch.Tensor
+    log_total: torch.Tensor
 
     def merge(self, other: Attended) -> Attended:
         """The same of the tokens of both."""
-        maximum = torch.maximum(self.maximum, other.maximum)
-        own, others = (self.maximum - maximum).exp_(), (other.maximum - maximum).exp_()
-        return Attended(maximum, self.total * own + other.total * others, self.mixed * own + other.mixed * others)
-
-    def result(self) -> torch.Tensor:
-        """The attention's output `[batch, heads, queries, width]`, zero for a query that may see nothing."""
-        return torch.where(self.total > 0, self.mixed / self.total, 0.0)
+        largest = torch.maximum(self.log_total, other.log_total).clamp_(min=torch.finfo(torch.float32).min)
+        own, others = (self.log_total - largest).exp_(), (other.log_total - largest).exp_()
+        total = own + others
+        output = (self.output * own + other.output * others) / total.clamp(min=1.0)
+        return Attended(output, largest + total.log())
 
 
 def attend(
-    query: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None
+    query: torch.Tensor,
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> Attended:
     """Attention of some queries to some tokens.
 
     Args:
-        query: `[batch, heads, queries, head_dim]` float32, times the scale.
-        key_states: `[batch, heads, n, head_dim]` float32, n at least 1.
-        value_states: `[batch, heads, n, width]`, or `[batch, n, width]` for all heads, float32.
-        mask: added to the scores, broadcastable to `[batch, heads, queries, n]`, or None.
+        query: `[batch, heads, queries, head_dim]`, any floating dtype, to be multiplied by `scale`.
+        parts: pairs of keys and values `[batch, heads, n, head_dim or width]`, any floating dtype, n at least 1 in
+            all.
+        mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n of all parts]`, floating, or None.
     """
-    return weigh(query @ key_states.mT, value_states, mask)
+    key_states, value_states = (torch.cat([part.float() for part in kind], dim=2) for kind in zip(*parts, strict=True))
+    return weigh((query.float() * scale) @ key_states.mT, value_states, mask)
 
 
 def weigh(scores: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None) -> Attended:
-    """The same of scores `[batch, heads, queries, n]` float32, which are overwritten."""
+    """The same of scores `[batch, heads, queries, n]` float32, which are overwritten.
+
+    Args:
+        value_states: `[batch, heads, n, width]`, or `[batch, n, width]` for all heads, float32.
+    """
     if mask is not None:
         scores += mask
     # a query that may see none of these tokens has no largest score; the least finite one keeps it from being NaN
@@ -63,9 +68,11 @@ def weigh(scores: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor |
     weights = scores.sub_(maximum).exp_()
     total = weights.sum(-1, keepdim=True)
     if value_states.ndim == 4:
-        return Attended(maximum, total, weights @ value_states)
-    mixed = weights.flatten(1, 2) @ value_states
-    return Attended(maximum, total, mixed.view(*weights.shape[:3], -1))
+        output = weights @ value_states
+    else:
+        output = (weights.flatten(1, 2) @ value_states).view(*weights.shape[:3], -1)
+    # the largest weight of a query that sees something is 1
+    return Attended(output / total.clamp(min=1.0), maximum + total.log())
 
 
 def attend_many(
@@ -82,10 +89,10 @@ def attend_many(
         key_states, value_states: `[batch, heads, n, head_dim]` in the same dtype, n at least 1.
         mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n]` float32, or None.
     """
-    keys, values, parts = key_states.float(), value_states.float(), []
-    size = max(1, MOST_SCORES // (query.shape[0] * query.shape[1] * keys.shape[2]))
+    tokens, parts = [(key_states.float(), value_states.float())], []
+    size = max(1, MOST_SCORES // (query.shape[0] * query.shape[1] * key_states.shape[2]))
     for first in range(0, query.shape[2], size):
         span = slice(first, first + size)
         part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, span]
-        parts.append(attend(query[:, :, span].float() * scale, keys, values, part))
+        parts.append(attend(query[:, :, span], tokens, part, scale))
     return Attended(*(torch.cat([getattr(part, f.name) for part in parts], dim=2) for f in fields(Attended)))

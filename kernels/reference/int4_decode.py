@@ -76,13 +76,16 @@ def int4_decode(
     block_table: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    before: Attended | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Attended:
     """What queries see in tokens that `int4_encode` has encoded.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`, times the scale; heads are those of keys, queries of grouped heads
-            stand side by side. float32: kernels multiply in float32; float16 or bfloat16: they multiply in float16 and
-            sum in float32.
+        query: `[batch, heads, queries, head_dim]`, to be multiplied by `scale`; heads are those of keys, queries of
+            grouped heads stand side by side. float32: kernels multiply in float32; float16 or bfloat16: they multiply
+            in float16 and sum in float32.
         key_codes, key_levels, value_codes, value_levels: as from `int4_encode`.
         mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n]` float32, or None.
         block_table: `[batch, blocks]` int32, the blocks of 32 tokens to read, in order: n = 32 * blocks. None: all.
@@ -90,6 +93,8 @@ def int4_decode(
             and may be anything. None: all.
         scores: `[batch, heads, queries, n]` float32 to be filled in with the scores, -inf for what is not there; or
             None.
+        before: what the same queries saw in other tokens, to be merged with.
+        dtype: of the output.
 
     Returns:
         of values, `[batch, heads, queries, value_dim]`.
@@ -107,7 +112,9 @@ def int4_decode(
         key_states, value_states = (part.masked_fill(is_behind.mT, 0.0) for part in (key_states, value_states))
         mask = (query.new_zeros(1).float() if mask is None else mask).masked_fill(is_behind, -torch.inf)
     if scores is not None:
-        torch.matmul(query.float(), key_states.mT, out=scores)
+        torch.matmul(query.float() * scale, key_states.mT, out=scores)
         if mask is not None:
             scores += mask
-    return attend(query.float(), key_states, value_states, mask)
+    seen = attend(query, [(key_states, value_states)], mask, scale)
+    seen = seen if before is None else seen.merge(before)
+    return Attended(seen.output.to(dtype), seen.log_total)

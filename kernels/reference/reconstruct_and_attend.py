@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .attend import Attended, weigh
-from .score import score
+from .score import paired, score
 
 
 class Vectors(NamedTuple):
@@ -50,7 +50,8 @@ class KeyMap(NamedTuple):
     """Keys of a token's components are `components @ matrix * scale + mean`, before they are rotated.
 
     Attributes:
-        matrix: `[components, heads * head_dim]` in the dtype of the table, numbers of a head in the order of queries.
+        matrix: `[components, heads * head_dim]` in the dtype of the table; numbers of a head that RoPE turns together
+            stand side by side, those that it does not turn behind them.
         scale, mean: `[heads * head_dim]` float32.
     """
 
@@ -59,50 +60,86 @@ class KeyMap(NamedTuple):
     mean: torch.Tensor
 
 
+class ValueMap(NamedTuple):
+    """Values of a token's components are `components @ matrix * scale + mean`.
+
+    Attributes:
+        matrix: `[heads, components, value_dim]` in the dtype of the table.
+        scale, mean: `[heads, 1, value_dim]` float32.
+    """
+
+    matrix: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor
+
+
+class Rotation(NamedTuple):
+    """How RoPE turns keys.
+
+    Attributes:
+        cos, sin: `[batch or 1, num_positions, pairs]` floating, of the first `pairs` pairs of each head.
+        interleaved: whether a pair of a query are neighbours; else the second number stands `pairs` behind the first.
+        positions: `[batch, n]` int32, where the angles of each token stand; None: as the token itself in `codes`.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+    positions: torch.Tensor | None = None
+
+
 def reconstruct_and_attend(
     query: torch.Tensor,
     codes: torch.Tensor,
     vectors: Vectors,
     key_map: KeyMap,
+    value_map: ValueMap,
     references: References | None = None,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: Rotation | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    before: Attended | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Attended:
     """What queries see in tokens, each a row of bytes that stand for components.
 
     Values are linear in components, which are therefore mixed instead of them.
 
     Args:
-        query: `[batch, heads, queries, head_dim]` float32, times the scale; numbers that RoPE turns together stand side
-            by side.
+        query: `[batch, heads, queries, head_dim]`, any floating dtype, to be multiplied by `scale`.
         codes: `[batch, num_slots, bytes]` uint8.
         references: what each token's components are added to; None: nothing.
-        angles: cosine and sine `[batch or 1, num_positions, pairs]` of the first `pairs` pairs of each head, floating;
-            None: keys are not rotated.
+        rotation: None: keys are not rotated.
         mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n]` float32, or None.
         slots: `[batch, n]` int32, the tokens to read; None: all, in their order.
-        positions: `[batch, n]` int32, where the angles of each token stand; None: as the token itself in `codes`.
         lengths: `[batch]` int32, how many of the n tokens of each row there are; None: all.
+        before: what the same queries saw in other tokens, to be merged with.
+        dtype: of the output.
 
     Returns:
-        of what is mixed, `[batch, heads, queries, components]`.
+        of values, `[batch, heads, queries, value_dim]`.
     """
-    scores, components = score_codes(query, codes, vectors, key_map, references, angles, slots, positions, lengths)
-    return weigh(scores, components, mask)
+    scores, components = score_codes(query, codes, vectors, key_map, references, rotation, slots, lengths, scale)
+    seen = weigh(scores, components, mask)
+    output = seen.output @ value_map.matrix.float() * value_map.scale + value_map.mean
+    # a query that sees nothing has no mean either
+    seen = Attended(torch.where(seen.log_total.isneginf(), 0.0, output), seen.log_total)
+    seen = seen if before is None else seen.merge(before)
+    return Attended(seen.output.to(dtype), seen.log_total)
 
 
 def score_codes(
-    query, codes, vectors, key_map, references, angles, slots, positions, lengths
+    query, codes, vectors, key_map, references, rotation, slots, lengths, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores `[batch, heads, queries, n]`, -inf behind a row's length, and components `[batch, n, components]`."""
-    batch, device = len(query), codes.device
+    batch, device, query, angles = len(query), codes.device, query.float() * scale, None
     rows = torch.arange(batch, device=device)[:, None]
-    if angles is not None:
-        angles = tuple(part.float().expand(batch, -1, -1) for part in angles)
-        places = positions if positions is not None else slots
+    if rotation is not None:
+        query = paired(query, rotation.cos.shape[-1], rotation.interleaved)
+        places = slots if rotation.positions is None else rotation.positions
+        angles = tuple(part.float().expand(batch, -1, -1) for part in rotation[:2])
         angles = angles if places is None else tuple(part[rows, places] for part in angles)
     picked = slice(None) if slots is None else (rows, slots)
     components = _read(codes[picked], vectors.table, *vectors[1:4])

@@ -39,3 +39,17 @@ def score(
         # a pair is a complex number, which is turned by one product
         torch.view_as_complex(keys[..., : 2 * turn.shape[-1]].unflatten(-1, (-1, 2))).mul_(turn)
     return query @ keys.permute(0, 2, 3, 1)
+
+
+def paired(x: torch.Tensor, pairs: int, interleaved: bool) -> torch.Tensor:
+    """The last axis with both numbers of a rotated pair side by side, `pairs` pairs first.
+
+    In this order a rotation is a product of complex numbers, and scores stay the same if queries stand in it too.
+
+    Args:
+        interleaved: they do already; else the second number stands `pairs` behind the first.
+    """
+    if interleaved:
+        return x
+    turned = torch.stack([x[..., :pairs], x[..., pairs : 2 * pairs]], dim=-1).flatten(-2)
+    return torch.cat([turned, x[..., 2 * pairs :]], dim=-1)

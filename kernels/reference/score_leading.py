@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .reconstruct_and_attend import KeyMap, References, Vectors, score_codes
+from .reconstruct_and_attend import KeyMap, References, Rotation, Vectors, score_codes
 
 
 def score_leading(
@@ -13,17 +13,17 @@ def score_leading(
     vectors: Vectors,
     key_map: KeyMap,
     references: References | None = None,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: Rotation | None = None,
     slots: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Products of queries with keys made of the components that `vectors` names: the leading ones.
 
     Args:
-        query, codes, vectors, key_map, references, angles, slots, positions, lengths: as for `reconstruct_and_attend`.
+        query, codes, vectors, key_map, references, rotation, slots, lengths, scale: as for `reconstruct_and_attend`.
 
     Returns:
         `[batch, heads, queries, n]` float32, -inf behind a row's length.
     """
-    return score_codes(query, codes, vectors, key_map, references, angles, slots, positions, lengths)[0]
+    return score_codes(query, codes, vectors, key_map, references, rotation, slots, lengths, scale)[0]

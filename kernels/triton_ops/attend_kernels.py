@@ -1,4 +1,4 @@
-"""The kernels of `reconstruct_and_attend`: decode a chunk of tokens, score it, mix it; merge what was mixed."""
+"""Kernels of `reconstruct_and_attend`: decode a chunk of tokens, score it, mix it."""
 
 import triton
 import triton.language as tl
@@ -7,11 +7,9 @@ import triton.language as tl
 LARGEST_WEIGHT = tl.constexpr(2048.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
-# what the specification calls the largest score of a query that may see nothing
-LEAST = tl.constexpr(-3.4028234663852886e38)
 # what the width of loads does not depend on is no reason to compile anew
 ANY = (
-    "first num_tokens num_components part_size num_rows num_queries num_heads num_spans chunk count row_blocks "
+    "first num_tokens num_components part_size num_rows num_queries num_heads chunk count row_blocks "
     "row_stride slot_stride reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2 "
     "angle_stride mask_row mask_head mask_query mask_token"
 ).split()
@@ -194,7 +192,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=ANY)
 def score_kernel(
-    query,  # [batch, heads, queries, 2 * half], in the dtype of components
+    query,  # [batch, heads, queries, 2 * half] floating
     components,  # [batch, room, width]
     key_map,  # [components, heads * 2 * half]
     key_scale,  # [heads * 2 * half] float32
@@ -205,6 +203,7 @@ def score_kernel(
     mask,  # float32
     lengths,  # [batch] int32
     scores,  # [parts, batch, heads * queries, score_room] float32, as powers of two: the sum of the parts'
+    scale,
     first,
     num_tokens,
     num_components,
@@ -225,6 +224,7 @@ def score_kernel(
     HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,  # numbers of a pair of a query are neighbours
     HALF: tl.constexpr,  # `half` rounded up to a power of two
     HEADS: tl.constexpr,  # of a program
     QUERIES: tl.constexpr,
@@ -267,20 +267,23 @@ def score_kernel(
     is_seen = is_token
     if HAS_LENGTHS:
         is_seen = is_seen & (token < tl.load(lengths + row))
-    # queries of all heads of the program, each multiplied by the numbers of its own head
+    # queries of all heads of the program, each multiplied by the numbers of its own head; theirs may stand otherwise
+    is_side = INTERLEAVED | (pair >= pairs)
+    x_place, y_place = tl.where(is_side, 2 * pair, pair), tl.where(is_side, 2 * pair + 1, pair + pairs)
+    dtype = components.dtype.element_ty
     num_asked = tl.minimum(HEADS, num_heads - first_head) * num_queries
     for begin in range(0, num_asked, QUERIES):
         asked = begin + tl.arange(0, QUERIES)
         is_query = asked < num_asked
         rows = (row * num_heads + first_head) * num_queries + asked
         q_head, q_place = first_head + asked // num_queries, asked % num_queries
-        number = query + rows[None, :] * (2 * half) + 2 * pair[:, None]
+        number = query + rows[None, :] * (2 * half)
         is_number = (pair < half)[:, None] & is_query[None, :] & (head[:, None] == q_head[None, :])
-        q = tl.load(number, mask=is_number, other=0.0)
-        result = tl.dot(x.to(q.dtype), q, input_precision="ieee")
-        q = tl.load(number + 1, mask=is_number, other=0.0)
+        q = tl.load(number + x_place[:, None], mask=is_number, other=0.0).to(tl.float32) * scale
+        result = tl.dot(x.to(dtype), q.to(dtype), input_precision="ieee")
+        q = tl.load(number + y_place[:, None], mask=is_number, other=0.0).to(tl.float32) * scale
         # [BLOCK_TOKENS, QUERIES]
-        result = tl.dot(y.to(q.dtype), q, result, input_precision="ieee")
+        result = tl.dot(y.to(dtype), q.to(dtype), result, input_precision="ieee")
         if HAS_MASK:
             spot = (q_head * mask_head + q_place * mask_query)[None, :] + token.to(tl.int64)[:, None] * mask_token
             spot += row * mask_row
@@ -349,33 +352,3 @@ def mix_kernel(
     tl.store(maxima + copy, maximum, mask=is_row)
     tl.store(totals + copy, total, mask=is_row)
     tl.store(spot, sums, mask=is_held)
-
-
-@triton.jit(do_not_specialize=ANY)
-def merge_kernel(
-    maxima,  # as of mix_kernel
-    totals,
-    mixed,
-    maximum,  # [batch * rows] float32
-    total,
-    result,  # [batch * rows, components] float32
-    num_spans,
-    num_components,
-    SPANS: tl.constexpr,
-    BLOCK_COMPONENTS: tl.constexpr,
-):
-    row, num_rows = tl.program_id(0), tl.num_programs(0)
-    component = tl.program_id(1) * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
-    spans = tl.arange(0, SPANS)
-    is_span = spans < num_spans
-    held = spans.to(tl.int64) * num_rows + row
-    largest = tl.load(maxima + held, mask=is_span, other=LOWEST)
-    most = tl.max(largest, 0)
-    share = tl.exp2(largest - most) / LARGEST_WEIGHT
-    is_held = is_span[:, None] & (component < num_components)[None, :]
-    sums = tl.load(mixed + held[:, None] * num_components + component[None, :], mask=is_held, other=0.0)
-    sums = tl.sum(sums * share[:, None], 0)
-    tl.store(result + row * num_components + component, sums, mask=component < num_components)
-    if tl.program_id(1) == 0:
-        tl.store(maximum + row, tl.where(most > LOWEST, most / LOG2E, LEAST))
-        tl.store(total + row, tl.sum(tl.load(totals + held, mask=is_span, other=0.0) * share, 0))

@@ -4,15 +4,14 @@ import torch
 import triton
 
 from ..reference.attend import Attended
-from .attend_kernels import merge_kernel
 from .capability import capability
 from .int4_kernels import GROUP, int4_kernel
+from .merge_kernels import merge_spans
 
 # queries of a head that are multiplied at once
 MOST_QUERIES = 8
 # splits of a row that are put together, at most
 MOST_SPLITS = 256
-MERGE_COMPONENTS = 64
 
 
 def tile(width: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
@@ -56,6 +55,9 @@ def int4_decode(
     block_table: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    before: Attended | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Attended:
     """See `reference.int4_decode`."""
     batch, heads, num_queries, head_dim = query.shape
@@ -82,7 +84,7 @@ def int4_decode(
     maxima, totals, mixed = (new(splits, batch, rows, *more) for more in ((), (), (value_dim,)))
     int4_kernel[(splits, heads * parts, batch)](
         *(query.contiguous(), *codes, mask, block_table, lengths, scores, maxima, totals, mixed),
-        *(num_tokens, span, heads, num_queries),
+        *(scale, num_tokens, span, heads, num_queries),
         *(size for part in codes for size in part.stride()[:2]),
         *strides,
         HAS_MASK=mask is not None,
@@ -91,14 +93,10 @@ def int4_decode(
         KEEPS_SCORES=scores is not None,
         **options,
     )
-    maximum, total, result = (new(batch, heads, num_queries, size) for size in (1, 1, value_dim))
-    merge_kernel[(batch * rows, triton.cdiv(value_dim, MERGE_COMPONENTS))](
-        *(maxima, totals, mixed, maximum, total, result),
-        *(splits, value_dim),
-        SPANS=triton.next_power_of_2(splits),
-        BLOCK_COMPONENTS=MERGE_COMPONENTS,
-    )
-    return Attended(maximum, total, result)
+    output = torch.empty(batch, heads, num_queries, value_dim, dtype=dtype, device=device)
+    log_total = new(batch, heads, num_queries, 1)
+    merge_spans(maxima, totals, mixed, before, output, log_total)
+    return Attended(output, log_total)
 
 
 def _processors(device: torch.device) -> int:

@@ -64,6 +64,7 @@ def int4_kernel(
     maxima,  # [splits, batch, heads * queries] float32, powers of two
     totals,  # [splits, batch, heads * queries] float32, times LARGEST_WEIGHT
     mixed,  # [splits, batch, heads * queries, 8 * value_words] float32, times LARGEST_WEIGHT
+    query_scale,
     num_tokens,
     span,
     num_heads,
@@ -123,7 +124,7 @@ def int4_kernel(
     low_query, high_query = low_query / strength, high_query / strength
     # high codes stand 16 times as high
     low_half, high_half = low_query.to(DTYPE), (high_query / 16).to(DTYPE)
-    strength *= LOG2E
+    strength *= query_scale * LOG2E
 
     maximum = tl.full([QUERIES], LOWEST, tl.float32)
     # of each place in a tile, to be put together at the end

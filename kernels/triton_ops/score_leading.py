@@ -1,12 +1,30 @@
-"""`score_leading`: the first two kernels of `reconstruct_and_attend`, with all scores kept."""
-
-import math
+"""`score_leading`: a chunk of tokens decoded, then scored by all heads."""
 
 import torch
 import triton
 
-from ..reference.reconstruct_and_attend import KeyMap, References, Vectors
-from .scoring import WHOLE, Scorer
+from ..reference.reconstruct_and_attend import KeyMap, References, Rotation, Vectors
+from .capability import capability
+from .decoding import WHOLE, Decoder
+from .lead_kernels import lead_kernel
+from .scoring import half_of, rotation_inputs, side_by_side
+
+# queries of a head that are multiplied at once; tensor cores take no fewer
+QUERIES = 16
+
+
+def tile(half: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Tokens and components of a tile, warps, and how many tiles are loaded ahead.
+
+    Args:
+        half: half a head's numbers, a power of two.
+        capability: of the card: 75 for a T4, 90 for an H100.
+    """
+    # with fewer warps a tile does not fit into their registers
+    tokens, components, warps = (128 if half <= 64 else 64), 64, 8
+    if dtype == torch.float32 or capability < 80:
+        tokens, components, warps = 32, 32, 4
+    return {"BLOCK_TOKENS": tokens, "BLOCK_COMPONENTS": components, "num_warps": warps, "num_stages": 2}
 
 
 def score_leading(
@@ -15,17 +33,33 @@ def score_leading(
     vectors: Vectors,
     key_map: KeyMap,
     references: References | None = None,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: Rotation | None = None,
     slots: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """See `reference.score_leading`."""
-    score = Scorer(query, codes, vectors, key_map, references, angles, None, slots, positions, lengths)
-    room = triton.cdiv(score.num_tokens, WHOLE) * WHOLE
-    components, scores = score.new_components(), score.new(score.parts, score.batch, score.rows, room)
-    for first, count in score.chunks():
-        score(first, count, components, scores[..., first:])
-    scores = (scores[0] if score.parts == 1 else scores.sum(0)).unflatten(1, query.shape[1:3])
-    # they were powers of two
-    return scores[..., : score.num_tokens].mul_(math.log(2))
+    batch, heads, num_queries, head_dim = query.shape
+    decode = Decoder(codes, vectors, references, slots)
+    num_tokens, query, matrix = decode.num_tokens, query.contiguous(), side_by_side(key_map.matrix)
+    cos, sin, positions, pairs, angle_stride, interleaved = rotation_inputs(rotation, slots, query)
+    half = half_of(head_dim)
+    options = tile(half, decode.dtype, capability(decode.device))
+    room = decode.room(1, options["BLOCK_TOKENS"])
+    components = decode.new(batch, room, decode.width, dtype=decode.dtype)
+    score_room = triton.cdiv(num_tokens, WHOLE) * WHOLE
+    scores = decode.new(batch, heads, num_queries, score_room)
+    for first, count in decode.chunks(room):
+        decode(first, count, components)
+        lead_kernel[(triton.cdiv(count, options["BLOCK_TOKENS"]), triton.cdiv(num_queries, QUERIES), batch)](
+            *(query, components, matrix, *key_map[1:], cos, sin, positions, lengths, scores),
+            *(scale, first, num_tokens, decode.num_components, decode.width, room, score_room),
+            *(heads, num_queries, head_dim // 2, pairs, matrix.stride(0), angle_stride),
+            HAS_POSITIONS=positions is not None,
+            HAS_LENGTHS=lengths is not None,
+            INTERLEAVED=interleaved,
+            HALF=half,
+            QUERIES=QUERIES,
+            **options,
+        )
+    return scores[..., :num_tokens]
