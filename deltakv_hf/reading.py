@@ -139,7 +139,7 @@ class StateReader:
             seen = self._codes(scale, fuses).attend(rows, bias, raw)
         else:
             seen = self._attend_store(rows.float() * scale, bias).merge(raw)
-        return seen.output.to(query.dtype).view(*query.shape[:3], value_dim)
+        return seen.output.to(query.dtype).reshape(*query.shape[:3], value_dim)
 
     def _prepared(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float):
         """Queries of heads that share keys as more rows, their mask of packed tokens, what they see in raw ones."""
@@ -185,7 +185,7 @@ class StateReader:
             if mask is not None:
                 tile_mask = mask_of_slots(mask, queries, view, slice(num_sinks + start, num_sinks + stop))
             seen = seen.merge(dispatch.attend_many(rows, keys, values, tile_mask, scale))
-        return seen.output.to(query.dtype).view(*query.shape[:3], value_dim)
+        return seen.output.to(query.dtype).reshape(*query.shape[:3], value_dim)
 
     def _attend_store(self, query: torch.Tensor, mask: torch.Tensor | None) -> dispatch.Attended:
         """What `[batch, heads, queries, head_dim]` see in the packed tokens."""

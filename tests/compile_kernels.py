@@ -118,7 +118,7 @@ def kernels(capability: int):
             }
             yield attend_kernels.score_kernel, types, constants | scoring.score_tile(half, dtype, capability), {}
             constants = {name: part for name, part in constants.items() if name != "HAS_MASK"}
-            constants |= {"QUERIES": score_leading.QUERIES} | score_leading.tile(half, dtype, capability)
+            constants |= {"QUERIES": score_leading.QUERIES} | score_leading.tile(half, 64, dtype, capability)
             yield lead_kernels.lead_kernel, types, constants, {}
     for rows in (16, 64):
         for dtype, types in ((torch.float16, MIX), (torch.float32, {n: t for n, t in MIX.items() if t != "*fp16"})):

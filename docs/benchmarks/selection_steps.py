@@ -1,15 +1,18 @@
 """Attention of a decode step with a choice of 2,048 tokens, in the layer shape of Llama-3.1-8B with random weights.
 
-python docs/benchmarks/selection_steps.py out.json 8192 32768 131072 262144
+python docs/benchmarks/selection_steps.py out.json 8192 16384 32768 65536 131072 262144
 
 Milliseconds of one layer of each kind behind so many tokens, out of a recorded graph and as launched, and the sums over
 32 layers: filter layers as the paper has them (0, 1, 2, 8, 18), coarse to fine in every layer and with a choice shared
-by four layers, beside everything read and SDPA on a dense cache. Scores, choice, sinks and window are included.
+by four layers, beside everything read and SDPA on a dense cache. Scores, choice, sinks and window are included. out.png
+shows the sums; without lengths it is drawn from out.json.
 """
 
 import json
 import sys
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from shapes import new_model, random_compressor
@@ -90,9 +93,26 @@ def measured(model, compressor, num_tokens: int, clock: _Clock) -> dict:
     return {"num_tokens": num_tokens, "one_layer": layers, "of_32_layers": sums}
 
 
+def draw(made: dict, path: Path) -> None:
+    """The sums over 32 layers by the number of tokens."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    lengths = [run["num_tokens"] for run in made["runs"]]
+    for name in SUMS:
+        axes.plot(lengths, [run["of_32_layers"][name]["graph_ms"] for run in made["runs"]], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms a step, attention of 32 layers")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
+    axes.minorticks_off()
+    axes.set_title(f"{made['environment']['device']}, layer shape of Llama-3.1-8B, 2,048 tokens read", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 @torch.no_grad()
 def main() -> None:
     out, *lengths = sys.argv[1:]
+    if not lengths:
+        return draw(json.loads(Path(out).read_text()), Path(out).with_suffix(".png"))
     command = "python docs/benchmarks/selection_steps.py out.json " + " ".join(lengths)
     clock, made = _Clock(DEVICE), {"command": command, "environment": environment(DEVICE), "runs": []}
     model = new_model(2, DEVICE.type)
@@ -102,6 +122,7 @@ def main() -> None:
         print({name: sums for name, sums in made["runs"][-1]["of_32_layers"].items()}, flush=True)
         with open(out, "w") as file:
             json.dump(made, file, indent=1)
+    draw(made, Path(out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -121,11 +121,14 @@ def tile(width: int, dtype: torch.dtype, capability: int) -> dict[str, object]:
     # neither cards before Ampere nor the interpreter multiply bfloat16
     exact = dtype == torch.float32 or (dtype == torch.bfloat16 and (capability < 80 or INTERPRETED))
     kind = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(None if exact else dtype, tl.float32)
-    tokens = 32 if exact or width > 128 else 128
+    is_narrow = not exact and width <= 128
+    tokens = 64 if is_narrow else 32
     if capability < 80:
         # 64 KB of shared memory
-        tokens = 16 if exact else 32
-    return {"BLOCK_TOKENS": tokens, "num_warps": 4, "num_stages": 1, "DTYPE": kind}
+        tokens = 32 if is_narrow else 16
+    # two tiles of three parts take more than other cards have
+    stages = 2 if is_narrow and capability in (90, 100) else 1
+    return {"BLOCK_TOKENS": tokens, "num_warps": 4, "num_stages": stages, "DTYPE": kind}
 
 
 def attend(

@@ -10,7 +10,7 @@ ANY = "first num_tokens num_components num_heads num_queries angle_stride".split
 def lead_kernel(
     query,  # [batch, heads, queries, 2 * half] floating
     components,  # [batch, room, width]
-    key_map,  # [components, heads * 2 * half]
+    key_map,  # [components, 2, heads, half], the numbers that a pair begins with before those that it ends with
     key_scale,  # [heads * 2 * half] float32
     key_mean,  # [heads * 2 * half] float32
     cos,  # [batch or 1, positions, pairs], floating
@@ -29,7 +29,6 @@ def lead_kernel(
     num_queries,
     half,
     pairs,
-    map_stride,
     angle_stride,  # of a row of `cos` and `sin`; 0 if all rows share one
     HAS_POSITIONS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -44,7 +43,7 @@ def lead_kernel(
     asked = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     token = first + place
     is_token, is_query = token < num_tokens, asked < num_queries
-    pair, numbers = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    pair = tl.arange(0, HALF)
     position = token
     if HAS_POSITIONS:
         position = tl.load(positions + row * num_tokens + token, mask=is_token, other=0)
@@ -57,24 +56,28 @@ def lead_kernel(
     # numbers of a query may stand in another order
     is_side = INTERLEAVED | (pair >= pairs)
     x_place, y_place = tl.where(is_side, 2 * pair, pair), tl.where(is_side, 2 * pair + 1, pair + pairs)
-    is_number = (pair < half)[:, None] & is_query[None, :]
+    is_pair, is_number = pair < half, (pair < half)[:, None] & is_query[None, :]
     dtype = components.dtype.element_ty
 
-    # heads and blocks of components are one loop: the next tiles are loaded while a head is finished
-    num_blocks = tl.maximum(tl.cdiv(num_components, BLOCK_COMPONENTS), 1)
-    keys = tl.zeros([BLOCK_TOKENS, 2 * HALF], tl.float32)
-    for step in range(0, num_heads * num_blocks):
-        head, block = step // num_blocks, step % num_blocks
-        component, column = block * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS), head * (2 * half) + numbers
-        is_component, is_column = component < num_components, numbers < 2 * half
+    # scores are sums over components: all heads go over a block of them while it is held
+    for block in range(0, tl.maximum(tl.cdiv(num_components, BLOCK_COMPONENTS), 1)):
+        component = block * BLOCK_COMPONENTS + tl.arange(0, BLOCK_COMPONENTS)
+        is_weight = (component < num_components)[:, None] & is_pair[None, :]
         z = tl.load(components + (row * room + place)[:, None] * width + component[None, :])
-        weights = key_map + component[:, None] * map_stride + column[None, :]
-        weights = tl.load(weights, mask=is_component[:, None] & is_column[None, :], other=0.0)
-        keys = tl.dot(z, weights, keys, input_precision="ieee")
-        if block == num_blocks - 1:
-            keys = keys * tl.load(key_scale + column, mask=is_column, other=0.0)[None, :]
-            keys = keys + tl.load(key_mean + column, mask=is_column, other=0.0)[None, :]
-            x, y = tl.split(tl.reshape(keys, [BLOCK_TOKENS, HALF, 2]))
+        # what other threads have stored is loaded below
+        tl.debug_barrier()
+        for head in range(0, num_heads):
+            weights = key_map + component[:, None] * (num_heads * 2 * half) + (head * half + pair)[None, :]
+            x_map = tl.load(weights, mask=is_weight, other=0.0)
+            y_map = tl.load(weights + num_heads * half, mask=is_weight, other=0.0)
+            column = head * (2 * half) + 2 * pair
+            x_scale = tl.load(key_scale + column, mask=is_pair, other=0.0)
+            y_scale = tl.load(key_scale + column + 1, mask=is_pair, other=0.0)
+            x = tl.dot(z, x_map, input_precision="ieee") * x_scale[None, :]
+            y = tl.dot(z, y_map, input_precision="ieee") * y_scale[None, :]
+            if block == 0:
+                x += tl.load(key_mean + column, mask=is_pair, other=0.0)[None, :]
+                y += tl.load(key_mean + column + 1, mask=is_pair, other=0.0)[None, :]
             x, y = x * c - y * s, x * s + y * c
             rows = (row * num_heads + head) * num_queries + asked
             number = query + rows[None, :] * (2 * half)
@@ -83,7 +86,8 @@ def lead_kernel(
             q = tl.load(number + y_place[:, None], mask=is_number, other=0.0).to(tl.float32) * scale
             # [BLOCK_TOKENS, QUERIES]
             result = tl.dot(y.to(dtype), q.to(dtype), result, input_precision="ieee")
-            result = tl.where(is_seen[:, None], result, float("-inf"))
             spot = scores + rows[None, :] * score_room + token[:, None]
-            tl.store(spot, result, mask=is_token[:, None] & is_query[None, :])
-            keys = tl.zeros([BLOCK_TOKENS, 2 * HALF], tl.float32)
+            is_scored = is_token[:, None] & is_query[None, :]
+            if block > 0:
+                result += tl.load(spot, mask=is_scored, other=0.0)
+            tl.store(spot, tl.where(is_seen[:, None], result, float("-inf")), mask=is_scored)

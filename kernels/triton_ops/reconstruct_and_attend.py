@@ -18,7 +18,7 @@ MOST_SPANS, SPAN = 8, 256
 # queries that are multiplied at once
 MOST_ROWS = 64
 MIX_TILE = {"BLOCK_TOKENS": 64, "BLOCK_COMPONENTS": 128, "num_warps": 8}
-PROJECT_VALUES = 64
+PROJECT_VALUES = 128
 
 
 def mix_stages(dtype: torch.dtype) -> int:

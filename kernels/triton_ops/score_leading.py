@@ -7,24 +7,25 @@ from ..reference.reconstruct_and_attend import KeyMap, References, Rotation, Vec
 from .capability import capability
 from .decoding import WHOLE, Decoder
 from .lead_kernels import lead_kernel
-from .scoring import half_of, rotation_inputs, side_by_side
+from .scoring import half_of, rotation_inputs
 
 # queries of a head that are multiplied at once; tensor cores take no fewer
 QUERIES = 16
 
 
-def tile(half: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Tokens and components of a tile, warps, and how many tiles are loaded ahead.
+def tile(half: int, num_components: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Tokens and components of a tile, and warps.
 
     Args:
         half: half a head's numbers, a power of two.
+        num_components: of a token.
         capability: of the card: 75 for a T4, 90 for an H100.
     """
-    # with fewer warps a tile does not fit into their registers
-    tokens, components, warps = (128 if half <= 64 else 64), 64, 8
+    tokens, most, warps = (128 if half <= 64 else 64), 64, 8
     if dtype == torch.float32 or capability < 80:
-        tokens, components, warps = 32, 32, 4
-    return {"BLOCK_TOKENS": tokens, "BLOCK_COMPONENTS": components, "num_warps": warps, "num_stages": 2}
+        tokens, most, warps = 32, 32, 4
+    components = min(most, max(16, triton.next_power_of_2(num_components)))
+    return {"BLOCK_TOKENS": tokens, "BLOCK_COMPONENTS": components, "num_warps": warps, "num_stages": 1}
 
 
 def score_leading(
@@ -41,10 +42,12 @@ def score_leading(
     """See `reference.score_leading`."""
     batch, heads, num_queries, head_dim = query.shape
     decode = Decoder(codes, vectors, references, slots)
-    num_tokens, query, matrix = decode.num_tokens, query.contiguous(), side_by_side(key_map.matrix)
+    num_tokens, query = decode.num_tokens, query.contiguous()
+    # it is small, and pairs of keys are not split then
+    matrix = key_map.matrix.unflatten(-1, (heads, -1, 2)).movedim(-1, 1).contiguous()
     cos, sin, positions, pairs, angle_stride, interleaved = rotation_inputs(rotation, slots, query)
     half = half_of(head_dim)
-    options = tile(half, decode.dtype, capability(decode.device))
+    options = tile(half, decode.num_components, decode.dtype, capability(decode.device))
     room = decode.room(1, options["BLOCK_TOKENS"])
     components = decode.new(batch, room, decode.width, dtype=decode.dtype)
     score_room = triton.cdiv(num_tokens, WHOLE) * WHOLE
@@ -54,7 +57,7 @@ def score_leading(
         lead_kernel[(triton.cdiv(count, options["BLOCK_TOKENS"]), triton.cdiv(num_queries, QUERIES), batch)](
             *(query, components, matrix, *key_map[1:], cos, sin, positions, lengths, scores),
             *(scale, first, num_tokens, decode.num_components, decode.width, room, score_room),
-            *(heads, num_queries, head_dim // 2, pairs, matrix.stride(0), angle_stride),
+            *(heads, num_queries, head_dim // 2, pairs, angle_stride),
             HAS_POSITIONS=positions is not None,
             HAS_LENGTHS=lengths is not None,
             INTERLEAVED=interleaved,
