@@ -15,6 +15,8 @@ from .errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from .joint import JointEncodedCache
+from .joint_config import JointEncodingConfig
 from .memory import MemoryReport
 from .stats import CacheStats
 
@@ -28,6 +30,8 @@ __all__ = [
     "DeltaKVConfig",
     "DeltaKVError",
     "InvalidOptionError",
+    "JointEncodedCache",
+    "JointEncodingConfig",
     "KVCompressor",
     "MemoryReport",
     "NotPicklableError",

@@ -50,6 +50,13 @@ class LayerProbe:
 _PROBES: weakref.WeakKeyDictionary[nn.Module, dict[int, LayerProbe]] = weakref.WeakKeyDictionary()
 
 
+# arguments of a model that say no more than ids, padding and positions do
+TEXT = (
+    *("input_ids", "attention_mask", "position_ids", "cache_position", "labels"),
+    *("logits_to_keep", "num_logits_to_keep", "past_key_values", "use_cache"),
+)
+
+
 def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
     """Registers the hooks once and probes once; returns what is known of each layer that stores keys.
 
@@ -97,8 +104,9 @@ def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Hook of the model and its text decoder: tells the cache the padding mask of the coming forward."""
     cache = _argument(module, args, kwargs, "past_key_values")
     if hasattr(cache, "note_forward"):
-        names = ("attention_mask", "input_ids", "use_cache")
-        cache.note_forward(module, *(_argument(module, args, kwargs, name) for name in names))
+        names = ("attention_mask", "input_ids", "use_cache", "position_ids")
+        is_text = not any(torch.is_tensor(value) for name, value in kwargs.items() if name not in TEXT)
+        cache.note_forward(module, *(_argument(module, args, kwargs, name) for name in names), is_text)
 
 
 def hand_tables(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -36,9 +36,19 @@ class CompressedCache(Cache):
     # -- forwards ------------------------------------------------------------------------------------------------
 
     def note_forward(
-        self, module: nn.Module, attention_mask: object, input_ids: torch.Tensor | None = None, use_cache=None
+        self,
+        module: nn.Module,
+        attention_mask: object,
+        input_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        is_text: bool = True,
     ) -> None:
-        """Called by the hook on the model before a forward with this cache."""
+        """Called by the hook on the model before a forward with this cache.
+
+        Args:
+            is_text: the model is given nothing else that keys and values could depend on.
+        """
         if use_cache is False and input_ids is not None and 0 < self.get_seq_length() == input_ids.shape[-1] - 1:
             raise CacheStateError(
                 "`use_cache` must not be False in `generate` with a cache, got False: every step would feed the whole "
@@ -200,9 +210,9 @@ class CompressedCache(Cache):
             if ledger.batch_size == 0:
                 return
             # equal rows need no host copy of the indices, so beam search on an unpadded batch never waits
-            ledger.select_rows(rows.tolist() if ledger.row_columns is not None else None, len(rows))
+            ledger.select_rows(rows.tolist() if ledger.needs_rows else None, len(rows))
             for layer in self.own_layers:
-                layer.map(change)
+                layer.select(change)
                 if not any(ledger.compressed):
                     layer.drop_sinks()
             for tables in self._registry.tables:

@@ -6,12 +6,13 @@ The shared `TokenLedger` has decided, once per forward, what is to be sorted and
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from .compressor import Coder
+from .compressor import Coder, TokenStore
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin, upload, without_autocast
 from .layout import Crop, Flush, FlushGroup, Layout, Step
@@ -29,7 +30,7 @@ class DeltaKVLayer(CacheLayerMixin):
     Args:
         layer_idx: number of the decoder layer.
         ledger: counts shared with the other layers of the cache.
-        make_compressor: function `(heads, key_dim, value_dim, device) -> compressor`.
+        make_compressor: function `(heads, key_dim, value_dim, dtype, device) -> compressor`.
         form: how the layer's keys are rotated, or None if they are stored as received.
         registry: the RoPE tables of the cache, which layers share.
         selector: chooses what decode steps read; None: everything.
@@ -77,7 +78,7 @@ class DeltaKVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
         dims = key_states.shape[-1], value_states.shape[-1]
-        self.compressor = self._make_compressor(heads, *dims, self.device)
+        self.compressor = self._make_compressor(heads, *dims, self.dtype, self.device)
         raw = [states[:, :, :0].clone() for _ in range(3) for states in (key_states, value_states)]
         self.state = LayerState(*raw, store=self.compressor.empty(batch, self.device))
         self.is_initialized = True
@@ -200,7 +201,7 @@ class DeltaKVLayer(CacheLayerMixin):
                 pieces = [pick_tokens(source, rows, idx, start + offset, stop + offset) for source in (keys, values)]
                 return self._join(*pieces, group, rows, start, stop)
 
-            store = self.compressor.append(store, group.rows, group.start, group.stop, read)
+            store = self._coded(store, group, read)
         if flush.tail_idx is None:
             tail = [source[:, :, flush.tail_start :].clone() for source in (keys, values)]
         else:
@@ -208,6 +209,10 @@ class DeltaKVLayer(CacheLayerMixin):
             tail = [gather(source, tail_idx) for source in (keys, values)]
         empty = [part[:, :, :0].clone() for part in tail]
         return LayerState(*sinks, *tail, *empty, store, state.columns, flush.number)
+
+    def _coded(self, store: TokenStore, group: FlushGroup, read) -> TokenStore:
+        """`store` with the tokens of `group` that `read` gives."""
+        return self.compressor.append(store, group.rows, group.start, group.stop, read)
 
     def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
         """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `[rows, n, width]` float32."""
@@ -247,6 +252,10 @@ class DeltaKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.state = self.state.map(change)
 
+    def select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces every tensor `[batch, ..]` by `change(tensor)`, which picks rows."""
+        self.map(change)
+
     def drop_sinks(self) -> None:
         """Lets go of the room for sinks: no row has a compressed token any more."""
         if self.is_initialized:
@@ -257,6 +266,19 @@ class DeltaKVLayer(CacheLayerMixin):
         self._handed = None
         if self.is_initialized:
             self.state = self.state.crop(crop, self.compressor.cut)
+
+    def expected_store(self, store: TokenStore) -> TokenStore:
+        """A store on the meta device as `store`, out of a file, must look: it may have room for more than is held."""
+        meta, batch_size, least = torch.device("meta"), self.ledger.batch_size, max(self.ledger.compressed, default=0)
+
+        def size(held) -> int:
+            return sum(part[:1].numel() for part in vars(held).values() if torch.is_tensor(part) and part.ndim > 1)
+
+        def size_of(count: int) -> int:
+            return size(self.compressor.empty(batch_size, meta, count))
+
+        count = bisect_left(range(self.ledger.columns), size(store), lo=least, key=size_of)
+        return self.compressor.empty(batch_size, meta, count)
 
     def dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys (rotated) and values `[batch, num_key_value_heads, columns, head_dim]`, padding zero."""

@@ -17,6 +17,7 @@ class FlushGroup:
         rows: row numbers, or None for all rows.
         offset: first of these tokens among the tokens that the flush reads (see `Flush.source_idx`).
         row_columns: column of each real token of these rows; None where token `i` stands in column `i`.
+        new_blocks: of a cache of blocks, those to store: place in `rows` and number of the row's block.
     """
 
     rows: list[int] | None
@@ -24,12 +25,26 @@ class FlushGroup:
     start: int
     stop: int
     row_columns: list[torch.Tensor] | None = None
+    new_blocks: list[tuple[int, int]] | None = None
 
     def columns(self, start: int, stop: int) -> torch.Tensor | None:
         """Columns `[rows, stop - start]` of tokens `start .. stop - 1`, sinks counted; None where they are the same."""
         if self.row_columns is None:
             return None
         return torch.stack([columns[start:stop] for columns in self.row_columns])
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where blocks of rows stand in the pool of every layer, after a change.
+
+    Attributes:
+        kept: slots of the old pool that stay, ascending; None: all.
+        block_table: `[batch, most blocks of a row]` int64 on the CPU: slot of each block, 0 behind a row's last.
+    """
+
+    kept: torch.Tensor | None
+    block_table: torch.Tensor
 
 
 @dataclass
@@ -42,6 +57,7 @@ class Flush:
         tail_idx: `[batch, m]` int64, what stays in the tail; None with `source_idx`, then `tail_start` says it.
         tail_start: first token of `source` that stays in the tail, where rows are equal.
         number: flushes count up, so that a layer can tell whether it has done this one.
+        arrangement: of a cache of blocks, where they stand after it.
     """
 
     number: int
@@ -49,6 +65,7 @@ class Flush:
     groups: list[FlushGroup]
     tail_idx: torch.Tensor | None
     tail_start: int = 0
+    arrangement: Arrangement | None = None
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class TokenLedger:
         # a module that comes again before any layer does begins anew: its first try has failed
         return outermost or not self._noted or id(module) in self._noting
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether `select_rows` must be told which rows, not only how many."""
+        return self.row_columns is not None
+
     def note_mask(self, attention_mask: object, outermost: bool, module: object = None) -> None:
         """Takes the mask argument of the coming forward; modules inside the one that began it do not override it."""
         if self.begins(outermost, module):
@@ -161,8 +166,17 @@ class TokenLedger:
         held = {name: getattr(self, name) for name in names}
         return {name: value for name, value in held.items() if type(value) in (int, list)}
 
-    def restore(self, counts: dict[str, int | list[int]], row_columns: list[torch.Tensor] | None) -> None:
-        """Takes over what another ledger's `counts` gave, and its `row_columns`."""
+    def held(self) -> dict[str, torch.Tensor]:
+        """What else a saved cache must hold, by name, on the CPU."""
+        return {}
+
+    def restore(
+        self,
+        counts: dict[str, int | list[int]],
+        row_columns: list[torch.Tensor] | None,
+        held: dict[str, torch.Tensor],
+    ) -> None:
+        """Takes over what another ledger's `counts` and `held` gave, and its `row_columns`."""
         for name, value in counts.items():
             setattr(self, name, value)
         self.row_columns, self._settled = row_columns, self.columns

@@ -17,6 +17,8 @@ PARTS = (
     "residual levels",
     "reference ids",
     "filter layers",
+    "blocks",
+    "block tables",
     "RoPE tables",
     "bookkeeping",
     "host layers",
@@ -35,6 +37,8 @@ STORE_PARTS = {
     "key_levels": "filter layers",
     "value_codes": "filter layers",
     "value_levels": "filter layers",
+    "blocks": "blocks",
+    "block_table": "block tables",
 }
 
 

@@ -10,7 +10,7 @@ from compressors import TIGHT_WINDOW, compressor_of, learned_compressor
 from helpers import LOSSLESS, TIGHT, prompt
 from transformers import Cache, PreTrainedModel
 
-from deltakv_hf import DeltaKVCache
+from deltakv_hf import DeltaKVCache, JointEncodedCache
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,21 @@ class Kind:
         make: function `model -> cache`.
         lossless: whether it must say what `DynamicCache` says, bit for bit; if not, it must hold compressed tokens
             after the prompt of a test, and is compared with itself in other modes.
+        shares: whether a row reads what the model made of another one, which a batched product may have rounded
+            otherwise.
     """
 
     name: str
     make: Callable[[PreTrainedModel], Cache]
     lossless: bool
+    shares: bool = False
+
+    def check_same(self, got: torch.Tensor, expected: torch.Tensor) -> None:
+        """Raises unless a lossless cache says what is expected: ids, or logits."""
+        if self.shares and got.is_floating_point():
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(got, expected)
 
     def check_active(self, cache: Cache) -> None:
         """Raises unless the cache compresses."""
@@ -37,6 +47,7 @@ class Kind:
 
 KINDS = [
     Kind("lossless", lambda model: DeltaKVCache(model, **LOSSLESS), lossless=True),
+    Kind("joint", lambda model: JointEncodedCache(model, block_size=4), lossless=True, shares=True),
     Kind("compressed", lambda model: DeltaKVCache(model, **TIGHT), lossless=False),
     Kind("calibrated", lambda model: DeltaKVCache(model, compressor=compressor_of(model), **TIGHT_WINDOW), False),
     Kind(

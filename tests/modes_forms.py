@@ -51,7 +51,8 @@ def saved(case: Case) -> Tensors:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.safetensors"
             cache.save(path)
-            return type(cache).load(path, case.model, compressor=cache.compressor)
+            coding = {} if cache.compressor is None else {"compressor": cache.compressor}
+            return type(cache).load(path, case.model, **coding)
 
     return continued(case, by_file)
 

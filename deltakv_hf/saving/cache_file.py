@@ -13,7 +13,6 @@ import torch
 from transformers import PretrainedConfig
 
 from ..attach import unwrap
-from ..config import FREE
 from ..errors import CacheStateError, InvalidOptionError
 from ..hf_compat import host_version
 from ..layer import DeltaKVLayer
@@ -49,6 +48,7 @@ def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) ->
     }
     if ledger.row_columns:
         tensors["ledger.row_columns"] = torch.cat(ledger.row_columns)
+    tensors |= {f"ledger.{name}": part for name, part in ledger.held().items()}
     for number, tables in enumerate(cache._registry.tables):
         tensors[f"rope.{number}.cos"], tensors[f"rope.{number}.sin"] = tables.cos, tables.sin
     if prompt is not None:
@@ -57,7 +57,7 @@ def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) ->
 
 
 def load(cls, path: str | os.PathLike, model, input_ids, make, compressor):
-    """See `DeltaKVCache.load`; `make(**options)` gives an empty cache of class `cls` for `model` and `compressor`."""
+    """See `DeltaKVCache.load`; `make(options)` gives an empty cache of class `cls` for `model` and `compressor`."""
     content, tensors = read_archive(path)
     saved = Saved(content, tensors)
     if content["cache"] != cls.__name__:
@@ -77,8 +77,7 @@ def load(cls, path: str | os.PathLike, model, input_ids, make, compressor):
         prompt.check_begins(input_ids)
     _check_model(content["config"], content["weights"], model)
     _check_compressor(content["compressor"], compressor)
-    free = content["options"] if compressor is None else {name: content["options"][name] for name in FREE}
-    cache = make(**free)
+    cache = make(content["options"])
     cache.saved_prompt = prompt
     devices = layer_devices(cache, content["layers"])
     restore_ledger(cache, saved)
@@ -137,7 +136,7 @@ def _check_compressor(saved: str | None, compressor) -> None:
         names = [f"the compressor {name[:12]}..." if name else "no compressor" for name in (saved, given)]
         raise CacheStateError(
             f"`compressor` must be the one of the saved cache, which used {names[0]}, got {names[1]}. Load the cache "
-            "with the compressor that it was saved with: `DeltaKVCache.load(path, model, compressor=...)`."
+            "with the compressor that it was saved with."
         )
 
 

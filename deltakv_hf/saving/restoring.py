@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import asdict, fields
 
 import torch
@@ -90,7 +89,7 @@ def restore_ledger(cache, saved: Saved) -> None:
     stored = [c + (sinks if c else 0) + t for c, t in zip(counts["compressed"], counts["tail_lengths"], strict=True)]
     if stored != sorted_in or not merged <= columns or max(counts["tail_lengths"], default=0) > counts["tail_width"]:
         raise _wrong("ledger", "sinks, compressed and tail tokens that add up to those sorted in", counts)
-    ledger.restore(counts, row_columns)
+    ledger.restore(counts, row_columns, {name: saved.take(f"ledger.{name}").clone() for name in ledger.held()})
 
 
 def restore_tables(cache, saved: Saved, devices: list[torch.device]) -> dict[tuple[int, torch.device], RopeTables]:
@@ -149,7 +148,7 @@ def _check_state(state, layer, ledger, name: str) -> None:
     for field in fields(state):
         value, empty = getattr(state, field.name), getattr(layer.state, field.name)
         if field.name == "store":
-            expected = _store_template(layer.compressor, ledger.batch_size, most, ledger.columns, value)
+            expected = layer.expected_store(value)
             for part in fields(value):
                 _check_same(getattr(value, part.name), getattr(expected, part.name), f"{name}.state.store.{part.name}")
         elif torch.is_tensor(empty):
@@ -159,17 +158,6 @@ def _check_state(state, layer, ledger, name: str) -> None:
             _check_same(value, expected, f"{name}.state.{field.name}")
         elif value != getattr(ledger, field.name):
             raise _wrong(f"{name}.state.{field.name}", f"the ledger's {getattr(ledger, field.name)}", value)
-
-
-def _store_template(compressor, batch_size: int, least: int, most: int, store):
-    """A store without data, as `store` must look: it may have room for more than the `least` tokens that are held."""
-    meta = torch.device("meta")
-
-    def size(held) -> int:
-        return sum(part[:1].numel() for part in vars(held).values() if torch.is_tensor(part) and part.ndim > 1)
-
-    count = bisect_left(range(most), size(store), lo=least, key=lambda n: size(compressor.empty(batch_size, meta, n)))
-    return compressor.empty(batch_size, meta, count)
 
 
 def _check_same(value: object, expected: object, name: str) -> None:

@@ -1,0 +1,114 @@
+"""`JointEncodedCache`: a `transformers` cache that stores equal blocks of tokens once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .compressor.blocks import BlockCoder
+from .joint_config import JointEncodingConfig
+from .joint_layer import JointLayer
+from .joint_ledger import JointLedger
+from .model_cache import ModelCache
+from .rope import RopeForm
+
+
+class JointEncodedCache(ModelCache):
+    """Drop-in KV cache for `model.generate(past_key_values=...)` (joint encoding, arXiv 2601.03067).
+
+    Rows that begin with the same tokens at the same positions hold the same blocks, whether they came as a batch, as
+    beams, as `num_return_sequences` or from `batch_repeat_interleave`; the first row's keys and values are the ones
+    stored. Nothing is lost: what is stored is what the model made.
+
+    Args:
+        model: the model that will use the cache; hooks are registered on it once (see `deltakv_hf.detach`).
+        offloading: keep what is stored in CPU memory and fetch each layer while the one before it runs (needs an
+            accelerator).
+        offload_only_non_sliding: with `offloading`, leave sliding-window layers on the device.
+        **options: fields of `JointEncodingConfig`.
+
+    Raises:
+        InvalidOptionError: an option is unknown or out of range.
+        UnsupportedModelError: the model's attention cannot be served.
+
+    Example:
+
+    ```python
+    cache = JointEncodedCache(model)
+    out = model.generate(**inputs, past_key_values=cache, do_sample=True, num_return_sequences=8)
+    print(cache.memory_report())
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PretrainedConfig,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        **options,
+    ):
+        self.options = JointEncodingConfig.from_options(options)
+        super().__init__(model, JointLedger(self.options), offloading, offload_only_non_sliding)
+
+    def _make_layers(self, forms: dict[int, RopeForm | None]) -> dict[int, JointLayer]:
+        size = self.options.block_size
+
+        def make_coder(heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device):
+            return BlockCoder(size, heads * (key_dim + value_dim), dtype)
+
+        return {idx: JointLayer(idx, self._ledger, make_coder, None, self._registry) for idx in forms}
+
+    def note_forward(
+        self,
+        module: nn.Module,
+        attention_mask: object,
+        input_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        is_text: bool = True,
+    ) -> None:
+        """Called by the hook on the model before a forward with this cache; see `CompressedCache.note_forward`."""
+        outermost = self._model is not None and module is self._model()
+        if self._ledger.begins(outermost, module):
+            self._ledger.note_text(input_ids, position_ids, is_text)
+        super().note_forward(module, attention_mask, input_ids, use_cache, position_ids, is_text)
+
+    @classmethod
+    def load(
+        cls,
+        path,
+        model: PreTrainedModel | PretrainedConfig,
+        input_ids: torch.Tensor | None = None,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> JointEncodedCache:
+        """The cache that `save` wrote, for the same model; its options are the saved ones.
+
+        Args:
+            path: of the file.
+            model: the model (or bare config) of the saved cache, in this process.
+            input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
+            offloading, offload_only_non_sliding: as for `JointEncodedCache`.
+
+        Returns:
+            A cache in memory of its own, on the devices where the layers of `model` run. Its `saved_prompt` is the
+            `SavedPrompt` of the file, or None if it was saved without ids.
+
+        Raises:
+            CacheStateError: the file is damaged, of something else, of another model, class or version.
+            InvalidOptionError: no such file, or `input_ids` differ from the saved ones.
+        """
+
+        def make(options: dict) -> JointEncodedCache:
+            placing = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
+            return cls(model, **placing, **options)
+
+        return cls._load(path, model, input_ids, make, None)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks stored in each layer."""
+        return self._ledger.num_blocks

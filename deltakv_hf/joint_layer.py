@@ -1,0 +1,48 @@
+"""One layer of a `JointEncodedCache`: a pool of blocks, which of them each row holds, and the newest tokens raw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .compressor.blocks import BlockStore
+from .errors import CacheStateError
+from .layer import DeltaKVLayer
+from .layout import Crop, Flush, FlushGroup
+from .state import LayerState
+
+
+class JointLayer(DeltaKVLayer):
+    """A cache layer for full attention whose ledger is a `JointLedger`; keys are stored as the model rotated them."""
+
+    def _coded(self, store, group: FlushGroup, read):
+        return self.compressor.append(store, group.rows, group.start, group.stop, read, group.new_blocks)
+
+    def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
+        state = super()._flushed(state, flush)
+        return replace(state, store=state.store.arranged(flush.arrangement))
+
+    def select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Chooses rows: raw tensors by `change`, blocks as the ledger has arranged them."""
+        if self.is_initialized:
+            raw = {name: change(part) for name, part in self.state.raw().items()}
+            self.state = replace(self.state, **raw, store=self.state.store.arranged(self.ledger.arrangement))
+
+    def crop_to(self, crop: Crop) -> None:
+        """Forgets the newest columns; blocks that no row holds any more are given up."""
+        self._handed = None
+        if self.is_initialized:
+            arrangement = self.ledger.arrangement
+            self.state = self.state.crop(crop, lambda store, count: store.arranged(arrangement))
+
+    def expected_store(self, store: BlockStore) -> BlockStore:
+        """See `DeltaKVLayer.expected_store`."""
+        table = self.ledger.block_table()
+        if not torch.equal(store.block_table, table):
+            raise CacheStateError(
+                f"layer {self.layer_idx} of the saved cache must hold the blocks that its ids say, got others: it was "
+                "written by another version. Save the cache again."
+            )
+        return self.compressor.of_blocks(self.ledger.num_blocks, table)
