@@ -16,6 +16,7 @@ from .kernels.reference import (
     INT4_GROUP,
     LINEAR_MAPS,
     Attended,
+    Fusion,
     Groups,
     KeyMap,
     References,
@@ -40,6 +41,7 @@ __all__ = [
     "INT4_GROUP",
     "LINEAR_MAPS",
     "Attended",
+    "Fusion",
     "Groups",
     "KeyMap",
     "References",
@@ -48,6 +50,7 @@ __all__ = [
     "Vectors",
     "analyse",
     "attend",
+    "attend_blocks",
     "attend_many",
     "choose",
     "dequantize",
@@ -77,6 +80,7 @@ LEAST_CAPABILITY = (7, 5)
 CHOSEN = (
     "analyse",
     "attend",
+    "attend_blocks",
     "choose",
     "int4_decode",
     "nearest_references",
@@ -108,6 +112,27 @@ def attend(
 ) -> Attended:
     """See `kernels/reference/attend.py`; backends differ in the order of sums, in 16 bits in rounding."""
     return _op("attend", backend, query.device)(query, parts, mask, scale)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    blocks: torch.Tensor,
+    block_table: torch.Tensor,
+    num_tokens: int,
+    value_dim: int,
+    fusion: Fusion | None = None,
+    rotation: Rotation | None = None,
+    mask: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    before: Attended | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Attended:
+    """See `kernels/reference/attend_blocks.py`; backends differ in the order of sums, in 16 bits in rounding."""
+    op = _op("attend_blocks", backend, query.device)
+    kind = fusion, rotation, mask, lengths, before
+    return op(query, blocks, block_table, num_tokens, value_dim, *kind, scale, dtype)
 
 
 def attend_many(

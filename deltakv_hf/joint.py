@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .compressor.blocks import BlockCoder
+from .compressor.fused_blocks import FusingCoder
 from .joint_config import JointEncodingConfig
 from .joint_layer import JointLayer
 from .joint_ledger import JointLedger
 from .model_cache import ModelCache
+from .rate_distortion import RateDistortion
 from .rope import RopeForm
 
 
@@ -19,7 +23,8 @@ class JointEncodedCache(ModelCache):
 
     Rows that begin with the same tokens at the same positions hold the same blocks, whether they came as a batch, as
     beams, as `num_return_sequences` or from `batch_repeat_interleave`; the first row's keys and values are the ones
-    stored. Nothing is lost: what is stored is what the model made.
+    stored. Nothing is lost: what is stored is what the model made. With `max_relative_error` or `target_ratio` blocks
+    that are similar share storage too, each within a bound on the error of its keys and of its values.
 
     Args:
         model: the model that will use the cache; hooks are registered on it once (see `deltakv_hf.detach`).
@@ -53,12 +58,23 @@ class JointEncodedCache(ModelCache):
         super().__init__(model, JointLedger(self.options), offloading, offload_only_non_sliding)
 
     def _make_layers(self, forms: dict[int, RopeForm | None]) -> dict[int, JointLayer]:
-        size = self.options.block_size
+        options, ledger = self.options, self._ledger
 
-        def make_coder(heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device):
-            return BlockCoder(size, heads * (key_dim + value_dim), dtype)
+        def make_coder(
+            layer_idx: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device
+        ) -> BlockCoder:
+            key_width, width = heads * key_dim, heads * (key_dim + value_dim)
+            if not options.fuses:
+                return BlockCoder(options.block_size, width, dtype)
+            aim = options.scope, options.largest_error, options.target_ratio
+            return FusingCoder(options.block_size, width, key_width, dtype, layer_idx, *aim, ledger.num_groups)
 
-        return {idx: JointLayer(idx, self._ledger, make_coder, None, self._registry) for idx in forms}
+        return {
+            idx: JointLayer(
+                idx, ledger, partial(make_coder, idx), form if options.strips_rope else None, self._registry
+            )
+            for idx, form in forms.items()
+        }
 
     def note_forward(
         self,
@@ -110,5 +126,12 @@ class JointEncodedCache(ModelCache):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks stored in each layer."""
+        """Different blocks that the rows hold, before similar ones share storage."""
         return self._ledger.num_blocks
+
+    def rate_distortion(self) -> list[RateDistortion]:
+        """Of each layer and group: what was predicted for the blocks that it had first, and what has come of it.
+
+        Empty unless similar blocks may share storage and there were enough blocks.
+        """
+        return [plan for layer in self.own_layers for _, plan in sorted(layer.plans.items())]

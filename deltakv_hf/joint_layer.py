@@ -8,21 +8,40 @@ from dataclasses import replace
 import torch
 
 from .compressor.blocks import BlockStore
+from .compressor.fused_blocks import FusedStore, FusingCoder
 from .errors import CacheStateError
 from .layer import DeltaKVLayer
 from .layout import Crop, Flush, FlushGroup
+from .rate_distortion import RateDistortion
 from .state import LayerState
 
 
 class JointLayer(DeltaKVLayer):
-    """A cache layer for full attention whose ledger is a `JointLedger`; keys are stored as the model rotated them."""
+    """A cache layer for full attention whose ledger is a `JointLedger`.
+
+    Attributes:
+        plans: by group, what was predicted for the blocks that it had first, and what has come of it.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.plans: dict[int, RateDistortion] = {}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.plans = {}
 
     def _coded(self, store, group: FlushGroup, read):
         return self.compressor.append(store, group.rows, group.start, group.stop, read, group.new_blocks)
 
     def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
+        num_old = state.store.blocks.shape[0]
         state = super()._flushed(state, flush)
-        return replace(state, store=state.store.arranged(flush.arrangement))
+        store, homes = state.store, flush.arrangement.homes
+        if isinstance(self.compressor, FusingCoder) and len(homes):
+            store, self.plans = self.compressor.fused(store, num_old, homes, self.plans)
+        return replace(state, store=store.arranged(flush.arrangement))
 
     def select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Chooses rows: raw tensors by `change`, blocks as the ledger has arranged them."""
@@ -45,4 +64,12 @@ class JointLayer(DeltaKVLayer):
                 f"layer {self.layer_idx} of the saved cache must hold the blocks that its ids say, got others: it was "
                 "written by another version. Save the cache again."
             )
-        return self.compressor.of_blocks(self.ledger.num_blocks, table)
+        if not isinstance(store, FusedStore):
+            return self.compressor.of_blocks(self.ledger.num_blocks, table)
+        num_leaders = store.blocks.shape[0]
+        if set(store.leader.tolist()) != set(range(num_leaders)):
+            raise CacheStateError(
+                f"layer {self.layer_idx} of the saved cache must hold the leaders that its slots say, got others: it "
+                "was written by another version. Save the cache again."
+            )
+        return self.compressor.of_blocks(self.ledger.num_blocks, table, num_leaders, self.ledger.num_home_columns)

@@ -7,11 +7,13 @@ pool. What stands in a slot is never changed.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from .errors import CacheStateError
+from .fusion import REQUEST_BITS, REQUESTS
 from .hf_compat import HostCopy
 from .layout import Arrangement, Crop, Flush
 from .ledger import TokenLedger
@@ -33,19 +35,24 @@ class JointLedger(TokenLedger):
 
     Attributes:
         arrangement: where blocks stand since the last crop or choice of rows.
+        num_requests: rows of the first call; every row since is one of them, or a copy.
     """
 
     arrangement: Arrangement | None = None
+    num_requests: int = 0
     # id and position of every settled column, `[batch, columns, 2]` int64
     _fed: torch.Tensor | None = None
     _feeds: list[Fed] = field(default_factory=list)
     _noted_text: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    # of each row its group, and the nodes of its blocks
+    # of each row its group (numbered from 0), the request that it comes from, and the nodes of its blocks
     _groups: list[int] = field(default_factory=list)
+    _requests: list[int] = field(default_factory=list)
     _nodes: list[list[int]] = field(default_factory=list)
     # node behind a node (a root is minus a group, less one) by what it holds; slot of each node; nodes made so far
     _tree: dict[tuple[int, bytes], int] = field(default_factory=dict)
     _slots: dict[int, int] = field(default_factory=dict)
+    # of each node a number that says what was fed up to it
+    _histories: dict[int, int] = field(default_factory=dict)
     _num_nodes: int = 0
     _num_unknown: int = 0
 
@@ -58,6 +65,16 @@ class JointLedger(TokenLedger):
     def num_blocks(self) -> int:
         """Blocks stored in each layer."""
         return len(self._slots)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of rows."""
+        return len(set(self.config.groups or [0]))
+
+    @property
+    def num_home_columns(self) -> int:
+        """Numbers that say where a block comes from (see `fusion`)."""
+        return REQUESTS + -(-self.num_requests // REQUEST_BITS)
 
     def ref_counts(self) -> dict[int, int]:
         """How many rows hold each slot."""
@@ -93,7 +110,9 @@ class JointLedger(TokenLedger):
             raise CacheStateError(
                 f"`groups` must have one number for each of the {batch_size} rows of the first call, got {len(groups)}."
             )
-        self._groups = list(groups or [0] * batch_size)
+        numbers = {group: number for number, group in enumerate(sorted(set(groups or [0])))}
+        self._groups = [numbers[group] for group in groups or [0] * batch_size]
+        self._requests, self.num_requests = list(range(batch_size)), batch_size
         self._nodes = [[] for _ in range(batch_size)]
         self._fed = torch.empty(batch_size, 0, 2, dtype=torch.int64)
 
@@ -127,17 +146,34 @@ class JointLedger(TokenLedger):
         flush = super().make_flush(merge)
         if flush is None:
             return None
-        self._tree, self._slots = dict(self._tree), dict(self._slots)
+        self._tree, self._slots, self._histories = dict(self._tree), dict(self._slots), dict(self._histories)
         self._nodes = [list(row) for row in self._nodes]
-        groups = []
+        groups, nodes = [], []
         for group in flush.groups:
             rows = range(self.batch_size) if group.rows is None else group.rows
             new = [
                 (place, block) for place, row in enumerate(rows) for block in self._extend(row, group.start, group.stop)
             ]
             groups.append(replace(group, new_blocks=new))
-        flush.groups, flush.arrangement = groups, self._collect()
+            nodes += [(rows[place], block) for place, block in new]
+        homes = self._homes(nodes)
+        flush.groups, flush.arrangement = groups, replace(self._collect(), homes=homes)
         return flush
+
+    def _homes(self, new: list[tuple[int, int]]) -> torch.Tensor:
+        """Where the new blocks (row, number of its block) come from, `[new, columns]` (see `fusion`)."""
+        nodes = [self._nodes[row][block] for row, block in new]
+        holders = {node: set() for node in nodes}
+        for row, held in enumerate(self._nodes):
+            for node in holders.keys() & set(held):
+                holders[node].add(self._requests[row])
+        homes = torch.zeros(len(new), self.num_home_columns, dtype=torch.int64)
+        for place, ((row, block), node) in enumerate(zip(new, nodes, strict=True)):
+            home = [self._groups[row], block, self._histories[node], *[0] * (homes.shape[1] - REQUESTS)]
+            for request in holders[node]:
+                home[REQUESTS + request // REQUEST_BITS] |= 1 << request % REQUEST_BITS
+            homes[place] = torch.tensor(home, dtype=torch.int64)
+        return homes
 
     def _extend(self, row: int, start: int, stop: int, slots: list[int] | None = None) -> list[int]:
         """A row takes the blocks of its tokens `start .. stop - 1`; those of them that are to be stored.
@@ -153,6 +189,8 @@ class JointLedger(TokenLedger):
             key = (nodes[-1] if nodes else -1 - self._groups[row], held)
             if key not in self._tree:
                 self._tree[key] = self._num_nodes
+                before = self._histories[nodes[-1]] if nodes else 0
+                self._histories[self._num_nodes] = _history(before, held)
                 self._num_nodes += 1
             node = self._tree[key]
             if node not in self._slots:
@@ -169,7 +207,8 @@ class JointLedger(TokenLedger):
             kept = torch.tensor([slot for slot, _ in staying], dtype=torch.int64)
             self._slots = {node: place for place, (_, node) in enumerate(staying)}
             self._tree = {key: node for key, node in self._tree.items() if node in used}
-        return Arrangement(kept, self.block_table())
+            self._histories = {node: number for node, number in self._histories.items() if node in used}
+        return Arrangement(kept, self.block_table(), torch.tensor(self._groups, dtype=torch.int64))
 
     def block_table(self) -> torch.Tensor:
         """Slot of each block of each row, `[batch, most blocks of a row]` int64; 0 behind a row's last."""
@@ -182,7 +221,8 @@ class JointLedger(TokenLedger):
     def select_rows(self, rows: list[int], batch_size: int) -> None:
         """See `TokenLedger.select_rows`; a block is held by more rows or fewer."""
         super().select_rows(rows, batch_size)
-        self._nodes, self._groups = ([held[row] for row in rows] for held in (self._nodes, self._groups))
+        for name in ("_nodes", "_groups", "_requests"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
         self._fed = self._fed[rows]
         self.arrangement = self._collect()
 
@@ -196,10 +236,10 @@ class JointLedger(TokenLedger):
         return crop
 
     def held(self) -> dict[str, torch.Tensor]:
-        """See `TokenLedger.held`: what each column was fed, the group of each row, which slots its blocks have."""
+        """See `TokenLedger.held`: what each column was fed, group and request of each row, slots of its blocks."""
         fed = torch.empty(0, 0, 2, dtype=torch.int64) if self._fed is None else self._fed
-        groups = torch.tensor(self._groups, dtype=torch.int64)
-        return {"fed": fed, "groups": groups, "block_table": self.block_table()}
+        groups, requests = (torch.tensor(part, dtype=torch.int64) for part in (self._groups, self._requests))
+        return {"fed": fed, "groups": groups, "requests": requests, "block_table": self.block_table()}
 
     def restore(
         self,
@@ -214,10 +254,12 @@ class JointLedger(TokenLedger):
         """
         super().restore(counts, row_columns, held)
         self._fed, table = held["fed"], held["block_table"]
-        self._groups, self._nodes = held["groups"].tolist(), [[] for _ in range(self.batch_size)]
+        self._groups, self._requests = held["groups"].tolist(), held["requests"].tolist()
+        self._nodes = [[] for _ in range(self.batch_size)]
         size = self.config.block_size
         numbers = [-(-count // size) for count in self.compressed]
-        shapes = [self.batch_size, self.columns, 2], [self.batch_size], [self.batch_size, max(numbers, default=0)]
+        rows = [self.batch_size]
+        shapes = [*rows, self.columns, 2], rows, rows, [*rows, max(numbers, default=0)]
         fits = all(list(part.shape) == shape for part, shape in zip(held.values(), shapes, strict=True))
         if not fits or any(part.dtype != torch.int64 for part in held.values()):
             raise _damaged()
@@ -241,6 +283,12 @@ class JointLedger(TokenLedger):
     def tensors(self) -> list[torch.Tensor]:
         """Tensors held for bookkeeping, on any device."""
         return super().tensors() + ([] if self._fed is None else [self._fed])
+
+
+def _history(before: int, held: bytes) -> int:
+    """Of what was fed up to a block, out of that up to the one before and its own."""
+    digest = hashlib.blake2b(before.to_bytes(8, "little", signed=True) + held, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _damaged() -> CacheStateError:

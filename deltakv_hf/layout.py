@@ -41,10 +41,14 @@ class Arrangement:
     Attributes:
         kept: slots of the old pool that stay, ascending; None: all.
         block_table: `[batch, most blocks of a row]` int64 on the CPU: slot of each block, 0 behind a row's last.
+        row_groups: `[batch]` int64 on the CPU.
+        homes: of a flush, where its new blocks come from, `[new slots, columns]` int64 on the CPU (see `fusion`).
     """
 
     kept: torch.Tensor | None
     block_table: torch.Tensor
+    row_groups: torch.Tensor
+    homes: torch.Tensor | None = None
 
 
 @dataclass

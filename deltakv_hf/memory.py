@@ -39,6 +39,12 @@ STORE_PARTS = {
     "value_levels": "filter layers",
     "blocks": "blocks",
     "block_table": "block tables",
+    "row_groups": "block tables",
+    "leader": "block tables",
+    "scale": "block tables",
+    "homes": "block tables",
+    "least": "block tables",
+    "mean": "blocks",
 }
 
 

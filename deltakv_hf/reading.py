@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from . import dispatch
 from .code_reading import CodeReader
 from .compressor import Coder, Int4Compressor, TransformCompressor
+from .compressor.blocks import BlockCoder
+from .compressor.fused_blocks import FusedStore
 from .hf_compat import without_autocast
 from .layout import Layout, View
 from .masks import mask_of_raw, mask_of_slots
@@ -122,8 +124,11 @@ class StateReader:
         view = self.layout.view(self.device)
         if not self.layout.compressed or (view is not None and mask is None):
             return None
-        if isinstance(self.compressor, Int4Compressor) and query.shape[1] * query.shape[2] <= FEW_QUERIES * heads:
+        is_few = query.shape[1] * query.shape[2] <= FEW_QUERIES * heads
+        if is_few and isinstance(self.compressor, Int4Compressor):
             return self._attend_int4(query, mask, scale)
+        if is_few and isinstance(self.compressor, BlockCoder) and self._has_kernels(query):
+            return self._attend_blocks(query, mask, scale)
         # mixing components costs a query of a head as much as projecting one number of every token's values does
         pays = 2 * query.shape[1] * query.shape[2] <= heads * value_dim
         # keys are rotated as complex numbers, which stand in memory two by two
@@ -150,6 +155,22 @@ class StateReader:
             span = slice(num_sinks, num_sinks + self.layout.compressed)
             masks = mask_of_slots(mask, queries, view, span), self._mask_of_raw(mask, queries, view)
         return rows, masks[0], dispatch.attend(rows, self._raw(), masks[1], scale)
+
+    def _attend_blocks(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """The same of whole blocks, read where they are."""
+        rows, bias, raw = self._prepared(query, mask, scale)
+        store, count, rotation, fusion = self.state.store, self.layout.compressed, None, None
+        if isinstance(store, FusedStore):
+            fusion = dispatch.Fusion(store.leader, store.scale, store.mean[store.row_groups])
+        if self.form is not None:
+            view, tables = self.layout.view(self.device), (self.tables.cos, self.tables.sin)
+            positions = None if view is None else view.columns[:, :count].int().contiguous()
+            rotation = dispatch.Rotation(*tables, self.form.is_interleaved, positions)
+        seen = dispatch.attend_blocks(
+            *(rows, store.blocks, store.block_table, count, self.state.tail_values.shape[3], fusion, rotation, bias),
+            *(None, raw, scale, query.dtype),
+        )
+        return seen.output.reshape(*query.shape[:3], -1)
 
     def _attend_int4(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same of a filter layer, which may choose for those behind it."""
@@ -215,12 +236,14 @@ class StateReader:
 
     def _fuses(self, query: torch.Tensor) -> bool:
         """Whether one op is the faster way for `query`, as the model made it."""
-        # tensor cores round to 16 bits, which a model in float32 did not ask for; tiles hold heads of 256
-        if query.dtype not in HALVES or query.shape[-1] > 256:
-            return False
         # how far the kernel's 32-bit offsets reach into a row
         row_bytes = self.state.store.reference_codes[0].numel(), self.state.store.residual_codes[0].numel()
-        return max(row_bytes) < 2**31 and dispatch.has_kernels(self.device)
+        return max(row_bytes) < 2**31 and self._has_kernels(query)
+
+    def _has_kernels(self, query: torch.Tensor) -> bool:
+        """Whether kernels serve `query`, as the model made it."""
+        # tensor cores round to 16 bits, which a model in float32 did not ask for; tiles hold heads of 256
+        return query.dtype in HALVES and query.shape[-1] <= 256 and dispatch.has_kernels(self.device)
 
     def _codes(self, scale: float, fuses: bool) -> CodeReader:
         held = (self.state, self.layout, self.compressor, self.form, self.tables, self.num_sink_tokens, self.device)

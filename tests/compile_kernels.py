@@ -10,7 +10,9 @@ import triton
 from deltakv_hf.kernels.triton_ops import (
     analyse,
     attend,
+    attend_blocks,
     attend_kernels,
+    block_kernels,
     choose,
     choose_kernels,
     decoding,
@@ -76,6 +78,8 @@ SEEN = {"output": "*bf16"} | integers("num_spans num_heads num_queries num_block
 PROJECT = SEEN | {"value_map": "*fp16"}
 RAW = integers("num_tokens first second third num_heads num_queries mask_row mask_head mask_query mask_token")
 RAW |= {"scale": "fp32"}
+BLOCKS = integers(" ".join(block_kernels.ANY), "block_stride token_stride mean_stride")
+BLOCKS |= {"scale": "fp32", "block_table": "*i64"} | dict.fromkeys("leader positions lengths".split(), "*i32")
 CHOOSE = dict.fromkeys("keys counters tallies slots".split(), "*i32")
 CHOOSE |= integers("num_tokens num_rows num_spans budget", "span room")
 INT4 = dict.fromkeys(("key_codes", "key_levels", "value_codes", "value_levels", "block_table", "lengths"), "*i32")
@@ -150,6 +154,17 @@ def kernels(capability: int):
         constants |= dict.fromkeys(("KEY_BLOCK", "VALUE_BLOCK"), triton.next_power_of_2(head_dim))
         tile = attend.tile(head_dim, dtype, capability)
         yield attend.attend_kernel, types | RAW | {"mask_query": I32}, constants | tile, {}
+    for dtype, kind, head_dim in (
+        (torch.float16, "*fp16", 64),
+        (torch.bfloat16, "*bf16", 128),
+        (torch.float32, "*fp32", 256),
+    ):
+        # read as stored, or with all there is
+        constants = dict.fromkeys("IS_FUSED HAS_POSITIONS HAS_MASK HAS_LENGTHS".split(), head_dim != 64)
+        constants |= {"INTERLEAVED": head_dim == 256, "PAIRS": 0 if head_dim == 64 else head_dim // 2}
+        constants |= dict.fromkeys(("HEAD_DIM", "VALUE_DIM", "KEY_BLOCK", "VALUE_BLOCK"), head_dim)
+        constants |= {"ROWS": attend_blocks.ROWS} | attend_blocks.tile(head_dim, dtype, capability)
+        yield block_kernels.block_kernel, {"query": kind, "blocks": kind} | BLOCKS, constants, {}
     constants = {"SPANS": 16, "ROWS": choose.KEY_ROWS, "BLOCK": choose.KEY_TOKENS}
     yield choose_kernels.sum_kernel, CHOOSE, {"BLOCK": choose.SUM_TOKENS}, {}
     yield choose_kernels.key_kernel, CHOOSE, constants, {"num_warps": 8}

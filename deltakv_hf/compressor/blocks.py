@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,16 +89,20 @@ class BlockCoder(Coder):
             tokens = read(max(begin, start), end).to(self.dtype)
             if begin < start:
                 # a crop has left the beginning of a block that others may hold too
-                held = store.block_table[:, begin // size]
-                held = held if rows is None else held[upload(torch.tensor(rows), held.device)]
-                tokens = torch.cat([store.blocks[held][:, : start - begin], tokens], dim=1)
+                picked = slice(None) if rows is None else upload(torch.tensor(rows), tokens.device)
+                held = self.tokens_of(store, store.block_table[picked, begin // size].unsqueeze(1), picked)
+                tokens = torch.cat([held[:, 0, : start - begin].to(self.dtype), tokens], dim=1)
             idx, places, blocks = upload(torch.tensor(wanted), tokens.device).unbind(1)
             added[idx] = tokens.unflatten(1, (-1, size))[places, blocks - begin // size]
-        return BlockStore(torch.cat([store.blocks, added]), store.block_table)
+        return replace(store, blocks=torch.cat([store.blocks, added]))
+
+    def tokens_of(self, store: BlockStore, slots: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Tokens `[rows, n, block_size, width]` of slots `[rows, n]` that `rows` hold."""
+        return store.blocks[slots]
 
     def cut(self, store: BlockStore, count: int) -> BlockStore:
         """The first blocks of every row; slots are given up by an `Arrangement`."""
-        return BlockStore(store.blocks, store.block_table[:, : -(-count // self.block_size)].clone())
+        return replace(store, block_table=store.block_table[:, : -(-count // self.block_size)].clone())
 
     def references(self, store: BlockStore) -> None:
         """Nothing."""
@@ -108,5 +112,6 @@ class BlockCoder(Coder):
     ) -> Pieces:
         """Reads tokens `start .. stop - 1` of every row, in one piece; see `Coder.decode`."""
         first = start // self.block_size
-        tokens = store.blocks[store.block_table[:, first : -(-stop // self.block_size)]].flatten(1, 2)
+        slots = store.block_table[:, first : -(-stop // self.block_size)]
+        tokens = self.tokens_of(store, slots, slice(None)).flatten(1, 2)
         yield tokens[:, start - first * self.block_size : stop - first * self.block_size].float(), lambda x: x

@@ -5,6 +5,7 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 
 from .analyse import analyse
 from .attend import Attended, attend, attend_many, weigh
+from .attend_blocks import Fusion, attend_blocks
 from .choose import choose
 from .feed_forward import LINEAR_MAPS, feed_forward
 from .int4_decode import GROUP as INT4_GROUP
@@ -29,6 +30,7 @@ __all__ = [
     "INT4_GROUP",
     "LINEAR_MAPS",
     "Attended",
+    "Fusion",
     "Groups",
     "KeyMap",
     "References",
@@ -37,6 +39,7 @@ __all__ = [
     "Vectors",
     "analyse",
     "attend",
+    "attend_blocks",
     "attend_many",
     "choose",
     "dequantize",

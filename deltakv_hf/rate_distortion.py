@@ -1,0 +1,130 @@
+"""How many blocks stay if similar ones share storage, and at what error: predicted from the similarities of pairs.
+
+Blocks are compared as directions from the mean of their layer. A member is read as its leader's direction times a
+factor, so its squared error, relative to its own distance from the mean, is `1 - cos^2`: a bound on the error is a
+bound on the cosine. Leaders are taken in an order that has nothing to do with what they hold, so a block that `d`
+others match stays with probability `1 / (1 + d)` if those match each other too (the bound of Caro and Wei is met with
+equality by groups of equal blocks). If matches are independent instead, each with probability `p` (the Poisson model of
+joint encoding, arXiv 2601.03067), `ln(1 + p n) / p` of `n` blocks stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# relative errors at which curves are given
+GRID = tuple(step / 50 for step in range(1, 50))
+# blocks of a sample, each compared with all
+SAMPLE = 512
+# blocks have thousands of numbers: a cosine beyond it is no chance, whatever most pairs of a few blocks have
+NO_CHANCE = 0.95
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """What is predicted for the blocks of one layer and group, and what has come of it.
+
+    Attributes:
+        layer_idx, group: whose blocks.
+        num_blocks: of them.
+        mean_cosine, std_cosine: of pairs, by median and quantiles: what similarity is worth by chance.
+        chance_cosine: median of the largest among `num_blocks` such pairs, if they were Gaussian.
+        kept: share of the blocks that stay, predicted for each relative error of `GRID` from each block's own matches.
+        kept_poisson: the same from the Gaussian's tail.
+        errors: mean relative error of a member, predicted.
+        max_relative_error: chosen for this layer.
+        predicted_kept: share at that error.
+        achieved_kept, achieved_error: share of blocks that have stayed, mean relative error of the others (the larger
+            of keys and values); 0 without any.
+        is_left_alone: matches were no better than chance, so nothing was fused.
+    """
+
+    layer_idx: int
+    group: int
+    num_blocks: int
+    mean_cosine: float
+    std_cosine: float
+    chance_cosine: float
+    kept: tuple[float, ...]
+    kept_poisson: tuple[float, ...]
+    errors: tuple[float, ...]
+    max_relative_error: float
+    predicted_kept: float
+    achieved_kept: float = 1.0
+    achieved_error: float = 0.0
+    is_left_alone: bool = False
+
+
+def predict(
+    cosines: torch.Tensor, layer_idx: int, group: int, max_relative_error: float, target_ratio: float | None
+) -> RateDistortion:
+    """Curves of one layer, and the error to allow.
+
+    Args:
+        cosines: `[sample, n]` float32, of sampled blocks with all of a group (the smaller of keys and values), -inf
+            for a pair that may not share.
+        max_relative_error: the most to allow, below 1.
+        target_ratio: share of blocks that may stay; None: as few as `max_relative_error` gives.
+    """
+    num_blocks, edges = cosines.shape[1], torch.tensor([1 - error * error for error in GRID[::-1]]).sqrt()
+    # by bucket of the error: how many blocks each of the sample matches no worse
+    bucket = len(GRID) - torch.bucketize(cosines, edges.to(cosines.device), right=True)
+    counts = torch.zeros(len(cosines), len(GRID) + 1, device=cosines.device)
+    counts.scatter_add_(1, bucket, torch.ones_like(cosines))
+    counts = counts[:, :-1].double().cpu()
+    matches = counts.cumsum(1)
+    kept = (1 / (1 + matches)).mean(0)
+    middles = torch.tensor(GRID, dtype=torch.float64) - GRID[0] / 2
+    errors = (counts * middles).sum(0).cumsum(0) / matches.sum(0).clamp(min=1)
+    mean, std = _bulk(cosines)
+    poisson = [_kept_poisson(num_blocks, _tail((1 - error * error) ** 0.5, mean, std)) for error in GRID]
+    allowed = max_relative_error
+    if target_ratio is not None:
+        reached = [error for error, share in zip(GRID, kept.tolist(), strict=True) if share <= target_ratio]
+        allowed = min([max_relative_error, *reached])
+    curve = torch.cat([torch.ones(1, dtype=torch.float64), kept]).tolist()
+    place = allowed / GRID[0]
+    low = min(int(place), len(GRID) - 1)
+    return RateDistortion(
+        layer_idx,
+        group,
+        num_blocks,
+        mean,
+        std,
+        # one in two of the largest of so many is beyond it
+        min(mean + std * _normal_quantile(0.5 ** (1 / max(1, num_blocks - 1))), NO_CHANCE),
+        tuple(curve[1:]),
+        tuple(poisson),
+        tuple(errors.tolist()),
+        allowed,
+        curve[low] + (curve[low + 1] - curve[low]) * (place - low),
+    )
+
+
+def _bulk(cosines: torch.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of unrelated pairs: quantiles do not see the few that are related."""
+    numbers = cosines[cosines.isfinite()].float()
+    if numbers.numel() < 2:
+        return 0.0, 0.0
+    numbers = numbers[:: max(1, numbers.numel() // 2**18)].sort().values
+    # the lower half alone: it is the upper one that relations widen
+    low, middle = (float(numbers[int(share * (len(numbers) - 1))]) for share in (0.1587, 0.5))
+    return middle, middle - low
+
+
+def _tail(cosine: float, mean: float, std: float) -> float:
+    """Probability of a pair beyond `cosine`."""
+    if std <= 0:
+        return float(mean >= cosine)
+    return 0.5 * torch.erfc(torch.tensor((cosine - mean) / std / 2**0.5, dtype=torch.float64)).item()
+
+
+def _normal_quantile(share: float) -> float:
+    return torch.special.ndtri(torch.tensor(share, dtype=torch.float64)).clamp(-9, 9).item()
+
+
+def _kept_poisson(num_blocks: int, probability: float) -> float:
+    expected = probability * num_blocks
+    return 1.0 if expected < 1e-9 else torch.tensor(expected, dtype=torch.float64).log1p().item() / expected
