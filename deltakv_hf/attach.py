@@ -102,18 +102,19 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Hook of the model and its text decoder: tells the cache the padding mask of the coming forward."""
-    cache = _argument(module, args, kwargs, "past_key_values")
+    given = _named(module, args, kwargs)
+    cache = given.get("past_key_values")
     if hasattr(cache, "note_forward"):
         names = ("attention_mask", "input_ids", "use_cache", "position_ids")
-        is_text = not any(torch.is_tensor(value) for name, value in kwargs.items() if name not in TEXT)
-        cache.note_forward(module, *(_argument(module, args, kwargs, name) for name in names), is_text)
+        is_text = not any(torch.is_tensor(value) for name, value in given.items() if name not in TEXT)
+        cache.note_forward(module, *(given.get(name) for name in names), is_text)
 
 
 def hand_tables(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Hook of every attention module: hands its RoPE tables to the cache layer that it is about to update."""
     cache = kwargs.get(_cache_name(kwargs))
     if hasattr(cache, "note_attention"):
-        cache.note_attention(module, _argument(module, args, kwargs, "position_embeddings"))
+        cache.note_attention(module, _named(module, args, kwargs).get("position_embeddings"))
 
 
 def _cache_name(kwargs: dict) -> str:
@@ -121,11 +122,12 @@ def _cache_name(kwargs: dict) -> str:
     return "layer_past" if "layer_past" in kwargs else "past_key_values"
 
 
-def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str):
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = [n for n in inspect.signature(module.forward).parameters if n != "self"]
-    return args[names.index(name)] if name in names[: len(args)] else None
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """All arguments by name."""
+    if not args:
+        return kwargs
+    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _hook_once(module: nn.Module, hook) -> None:

@@ -10,10 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .compressor import DirectCompressor, Int4Compressor
 from .compressor.kv_compressor import KVCompressor
 from .config import FREE, DeltaKVConfig
-from .errors import InvalidOptionError
 from .layer import DeltaKVLayer
 from .ledger import TokenLedger
-from .model_cache import ModelCache
+from .model_cache import ModelCache, checked_compressor
 from .rope import RopeForm
 from .selection import SelectionPlan
 
@@ -56,7 +55,7 @@ class DeltaKVCache(ModelCache):
         offload_only_non_sliding: bool = False,
         **options,
     ):
-        self.compressor = _check_compressor(compressor, model)
+        self.compressor = checked_compressor("compressor", compressor, model)
         self.options = DeltaKVConfig.from_options(options, compressor)
         super().__init__(model, TokenLedger(self.options), offloading, offload_only_non_sliding)
 
@@ -140,18 +139,6 @@ class DeltaKVCache(ModelCache):
             return cls(model, compressor=compressor, **placing, **free)
 
         return cls._load(path, model, input_ids, make, compressor)
-
-
-def _check_compressor(compressor: object, model: PreTrainedModel | PretrainedConfig) -> KVCompressor | None:
-    if compressor is None:
-        return None
-    if not isinstance(compressor, KVCompressor):
-        raise InvalidOptionError(
-            f"`compressor` must be a KVCompressor or None, got {compressor!r}. Load one by name with "
-            "`KVCompressor.from_pretrained`, or call `DeltaKVCache.from_pretrained(name, model=model)`."
-        )
-    compressor.check_model(model)
-    return compressor
 
 
 # not a method: a layer must not hold the cache

@@ -9,12 +9,15 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .compressor.blocks import BlockCoder
+from .compressor.coded_blocks import CodedBlockCoder
 from .compressor.fused_blocks import FusingCoder
+from .compressor.kv_compressor import KVCompressor
 from .joint_config import JointEncodingConfig
 from .joint_layer import JointLayer
 from .joint_ledger import JointLedger
-from .model_cache import ModelCache
+from .model_cache import ModelCache, checked_compressor
 from .rate_distortion import RateDistortion
+from .references import Lattice
 from .rope import RopeForm
 
 
@@ -28,6 +31,8 @@ class JointEncodedCache(ModelCache):
 
     Args:
         model: the model that will use the cache; hooks are registered on it once (see `deltakv_hf.detach`).
+        residual: a compressor made for this model (`KVCompressor.calibrate` or `.from_pretrained`), which codes what is
+            stored; equal blocks are coded once. None: blocks are stored as they are.
         offloading: keep what is stored in CPU memory and fetch each layer while the one before it runs (needs an
             accelerator).
         offload_only_non_sliding: with `offloading`, leave sliding-window layers on the device.
@@ -50,30 +55,38 @@ class JointEncodedCache(ModelCache):
         self,
         model: PreTrainedModel | PretrainedConfig,
         *,
+        residual: KVCompressor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **options,
     ):
-        self.options = JointEncodingConfig.from_options(options)
-        super().__init__(model, JointLedger(self.options), offloading, offload_only_non_sliding)
+        self.compressor = checked_compressor("residual", residual, model)
+        self.options = JointEncodingConfig.from_options(options, residual)
+        ledger = JointLedger(self.options)
+        if residual is not None:
+            ledger.coding = Lattice(residual.reference_stride)
+        super().__init__(model, ledger, offloading, offload_only_non_sliding)
+        self._ledger.has_windows = any(getattr(layer, "is_sliding", False) for layer in self.layers)
 
     def _make_layers(self, forms: dict[int, RopeForm | None]) -> dict[int, JointLayer]:
-        options, ledger = self.options, self._ledger
+        options, ledger, residual = self.options, self._ledger, self.compressor
 
         def make_coder(
             layer_idx: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device
         ) -> BlockCoder:
             key_width, width = heads * key_dim, heads * (key_dim + value_dim)
+            if residual is not None:
+                inner = residual.layer(layer_idx, key_width, width - key_width, device)
+                return CodedBlockCoder(options.block_size, inner)
             if not options.fuses:
                 return BlockCoder(options.block_size, width, dtype)
             aim = options.scope, options.largest_error, options.target_ratio
             return FusingCoder(options.block_size, width, key_width, dtype, layer_idx, *aim, ledger.num_groups)
 
+        if not options.strips_rope and residual is None:
+            forms = dict.fromkeys(forms)
         return {
-            idx: JointLayer(
-                idx, ledger, partial(make_coder, idx), form if options.strips_rope else None, self._registry
-            )
-            for idx, form in forms.items()
+            idx: JointLayer(idx, ledger, partial(make_coder, idx), form, self._registry) for idx, form in forms.items()
         }
 
     def note_forward(
@@ -98,6 +111,7 @@ class JointEncodedCache(ModelCache):
         model: PreTrainedModel | PretrainedConfig,
         input_ids: torch.Tensor | None = None,
         *,
+        residual: KVCompressor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> JointEncodedCache:
@@ -107,6 +121,7 @@ class JointEncodedCache(ModelCache):
             path: of the file.
             model: the model (or bare config) of the saved cache, in this process.
             input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
+            residual: the compressor that the saved cache used, if it used one; it is not in the file.
             offloading, offload_only_non_sliding: as for `JointEncodedCache`.
 
         Returns:
@@ -120,9 +135,9 @@ class JointEncodedCache(ModelCache):
 
         def make(options: dict) -> JointEncodedCache:
             placing = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
-            return cls(model, **placing, **options)
+            return cls(model, residual=residual, **placing, **options)
 
-        return cls._load(path, model, input_ids, make, None)
+        return cls._load(path, model, input_ids, make, residual)
 
     @property
     def num_blocks(self) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
-from .config import check_integer, refuse_unknown
+from .config import COMPRESSOR_WINDOW, check_integer, refuse_unknown
 from .errors import InvalidOptionError
 from .fusion import SCOPES
 
 ROPE = ("stripped", "rotated")
+# tokens that attention falls back to
+COMPRESSOR_SINKS = 4
 # with a ratio to aim at and no error to keep to
 LARGEST_ERROR = 0.95
 
@@ -20,7 +21,10 @@ class JointEncodingConfig:
     """Options of `JointEncodedCache`. By default equal blocks are stored once and nothing is lost.
 
     Args:
-        block_size: tokens of a block (>= 1); what a row has beyond its last whole block is its own.
+        block_size: tokens of a block (>= 1); what a row has beyond its last whole block is its own. With a compressor
+            whole strides of its references.
+        num_sink_tokens: first tokens of each row that are kept as they are, by each row (>= 0; 4 with a compressor).
+        recent_window: newest tokens that are kept so (>= 0; 64 with a compressor).
         scope: which similar blocks may share storage: "all" of a group; "batch", of different requests; "same_index",
             of different requests and at the same place; "intra", of one request; "none".
         max_relative_error: largest distance of a block's keys, and of its values, from what is read, relative to their
@@ -33,21 +37,19 @@ class JointEncodingConfig:
             share a block. None: all rows may.
     """
 
-    # every whole block of a row is stored as one
-    num_sink_tokens: ClassVar[int] = 0
-    recent_window: ClassVar[int] = 0
-    reference_stride: ClassVar[int] = 1
-    reference_growth: ClassVar[float] = 0.0
-
     block_size: int = 16
     scope: str = "all"
     max_relative_error: float = 0.0
     target_ratio: float | None = None
     rope: str = "stripped"
     groups: tuple[int, ...] | None = None
+    num_sink_tokens: int = 0
+    recent_window: int = 0
 
     def __post_init__(self) -> None:
         check_integer("block_size", self.block_size, low=1)
+        check_integer("num_sink_tokens", self.num_sink_tokens, low=0)
+        check_integer("recent_window", self.recent_window, low=0)
         for name, known in (("scope", SCOPES), ("rope", ROPE)):
             if getattr(self, name) not in known:
                 raise InvalidOptionError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
@@ -83,10 +85,29 @@ class JointEncodingConfig:
         return self.max_relative_error or LARGEST_ERROR
 
     @classmethod
-    def from_options(cls, options: dict) -> JointEncodingConfig:
-        """Makes a config from keyword options, refusing unknown names with the nearest known one."""
+    def from_options(cls, options: dict, residual=None) -> JointEncodingConfig:
+        """Makes a config from keyword options, refusing unknown names with the nearest known one.
+
+        Args:
+            residual: a `KVCompressor`, or None.
+        """
         refuse_unknown(options, [field.name for field in dataclasses.fields(cls)])
-        return cls(**options)
+        if residual is None:
+            return cls(**options)
+        made = cls(**{"num_sink_tokens": COMPRESSOR_SINKS, "recent_window": COMPRESSOR_WINDOW} | options)
+        if made.fuses:
+            raise InvalidOptionError(
+                "`residual` must be None where similar blocks share storage, got a compressor with "
+                f"`max_relative_error` {made.max_relative_error} and `target_ratio` {made.target_ratio}. Leave one of "
+                "the two out."
+            )
+        if residual.reference_growth or made.block_size % residual.reference_stride:
+            raise InvalidOptionError(
+                f"`block_size` must be a multiple of the compressor's stride of references, which must not grow: got "
+                f"{made.block_size} for {residual.name} with stride {residual.reference_stride} and growth "
+                f"{residual.reference_growth}."
+            )
+        return made
 
 
 def _is_number(value: object) -> bool:

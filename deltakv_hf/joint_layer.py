@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from .compressor.blocks import BlockStore
+from .compressor import TokenStore
+from .compressor.coded_blocks import CodedBlockCoder
 from .compressor.fused_blocks import FusedStore, FusingCoder
 from .errors import CacheStateError
 from .layer import DeltaKVLayer
-from .layout import Crop, Flush, FlushGroup
+from .layout import Crop, Flush, FlushGroup, Layout
 from .rate_distortion import RateDistortion
+from .reading import StateReader
 from .state import LayerState
 
 
@@ -32,15 +34,28 @@ class JointLayer(DeltaKVLayer):
         super().reset()
         self.plans = {}
 
+    def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
+        if self.form is not None:
+            return super()._join(keys, values, group, rows, start, stop)
+        # as they are: what has more bits than float32 keeps them
+        return torch.cat([part.transpose(1, 2).flatten(2) for part in (keys, values)], dim=-1)
+
+    def _reader(self, state: LayerState, layout: Layout) -> StateReader:
+        reader = super()._reader(state, layout)
+        if not isinstance(self.compressor, CodedBlockCoder):
+            return reader
+        # a compressor's own ways of reading want its own store
+        state = replace(state, store=self.compressor.gathered(state.store))
+        return replace(reader, state=state, compressor=self.compressor.inner)
+
     def _coded(self, store, group: FlushGroup, read):
         return self.compressor.append(store, group.rows, group.start, group.stop, read, group.new_blocks)
 
     def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
-        num_old = state.store.blocks.shape[0]
-        state = super()._flushed(state, flush)
+        before, state = state.store, super()._flushed(state, flush)
         store, homes = state.store, flush.arrangement.homes
         if isinstance(self.compressor, FusingCoder) and len(homes):
-            store, self.plans = self.compressor.fused(store, num_old, homes, self.plans)
+            store, self.plans = self.compressor.fused(store, len(before.blocks), homes, self.plans)
         return replace(state, store=store.arranged(flush.arrangement))
 
     def select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -56,7 +71,7 @@ class JointLayer(DeltaKVLayer):
             arrangement = self.ledger.arrangement
             self.state = self.state.crop(crop, lambda store, count: store.arranged(arrangement))
 
-    def expected_store(self, store: BlockStore) -> BlockStore:
+    def expected_store(self, store: TokenStore) -> TokenStore:
         """See `DeltaKVLayer.expected_store`."""
         table = self.ledger.block_table()
         if not torch.equal(store.block_table, table):

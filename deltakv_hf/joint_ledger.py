@@ -17,6 +17,8 @@ from .fusion import REQUEST_BITS, REQUESTS
 from .hf_compat import HostCopy
 from .layout import Arrangement, Crop, Flush
 from .ledger import TokenLedger
+from .references import Lattice
+from .stats import CacheStats
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,14 @@ class JointLedger(TokenLedger):
     Attributes:
         arrangement: where blocks stand since the last crop or choice of rows.
         num_requests: rows of the first call; every row since is one of them, or a copy.
+        coding: which tokens are references of others.
+        has_windows: whether layers of the host attend to a window of columns.
     """
 
     arrangement: Arrangement | None = None
     num_requests: int = 0
+    has_windows: bool = False
+    coding: Lattice = Lattice(1)
     # id and position of every settled column, `[batch, columns, 2]` int64
     _fed: torch.Tensor | None = None
     _feeds: list[Fed] = field(default_factory=list)
@@ -55,6 +61,8 @@ class JointLedger(TokenLedger):
     _histories: dict[int, int] = field(default_factory=dict)
     _num_nodes: int = 0
     _num_unknown: int = 0
+    # rows whose newest mask hides a token that was shown before; None: no mask has come
+    _is_hiding: torch.Tensor | None = None
 
     @property
     def needs_rows(self) -> bool:
@@ -116,6 +124,16 @@ class JointLedger(TokenLedger):
         self._nodes = [[] for _ in range(batch_size)]
         self._fed = torch.empty(batch_size, 0, 2, dtype=torch.int64)
 
+    def reset(self, stats: CacheStats | None = None) -> None:
+        """See `TokenLedger.reset`."""
+        kept = self.has_windows, self.coding
+        super().reset(stats)
+        self.has_windows, self.coding = kept
+
+    @property
+    def _lattice(self) -> Lattice:
+        return self.coding
+
     def settle(self) -> None:
         """See `TokenLedger.settle`; takes what these columns were fed."""
         super().settle()
@@ -126,16 +144,24 @@ class JointLedger(TokenLedger):
             self._fed = torch.cat([self._fed, *(self._numbers(fed) for fed in due)], dim=1)
             self._feeds = self._feeds[len(due) :]
 
+    def _count_masked(self, mask: torch.Tensor) -> None:
+        super()._count_masked(mask)
+        padding = self.padding()
+        hidden = ~mask[:, : self._settled] if padding is None else ~(mask | padding)[:, : self._settled]
+        self._is_hiding = hidden.any(1)
+
     def _numbers(self, fed: Fed) -> torch.Tensor:
         """Ids and positions `[batch, columns, 2]`."""
         shape = self.batch_size, fed.columns
-        if fed.ids is None:
-            # numbers that no id and no other token has
-            count = self._num_unknown
-            self._num_unknown += self.batch_size * fed.columns
-            ids = -1 - torch.arange(count, self._num_unknown).view(shape)
-        else:
-            ids = fed.ids.get().long()
+        # numbers that no id and no other token has
+        ids = -1 - torch.arange(self._num_unknown, self._num_unknown + shape[0] * shape[1]).view(shape)
+        if fed.ids is None or self._is_hiding is not None:
+            self._num_unknown += ids.numel()
+        if fed.ids is not None:
+            # tokens that are not shown what others have seen are unlike any
+            known = fed.ids.get().long()
+            ids = known if self._is_hiding is None else torch.where(self._is_hiding[:, None], ids, known)
+        self._is_hiding = None
         positions = torch.arange(fed.past, fed.past + fed.columns)[None]
         if fed.positions is not None:
             positions = fed.positions.get().long()
@@ -182,10 +208,17 @@ class JointLedger(TokenLedger):
             slots: what to give to new ones; None: the next.
         """
         size, nodes, new = self.config.block_size, self._nodes[row], []
-        numbers = self._fed[row] if self.row_columns is None else self._fed[row, self.row_columns[row]]
+        columns = torch.arange(self.columns) if self.row_columns is None else self.row_columns[row]
+        sinks = self.config.num_sink_tokens
+        numbers = self._fed[row, columns]
+        if self.has_windows:
+            # they reach over columns, padding between tokens included
+            numbers = torch.cat([numbers, (columns - columns[:1])[:, None]], dim=1)
         del nodes[start // size :]
         for block in range(start // size, stop // size):
-            held = numbers[block * size : (block + 1) * size].numpy().tobytes()
+            # sinks stand before the first block, which is what they are fed with
+            first = sinks + block * size if block else 0
+            held = numbers[first : sinks + (block + 1) * size].numpy().tobytes()
             key = (nodes[-1] if nodes else -1 - self._groups[row], held)
             if key not in self._tree:
                 self._tree[key] = self._num_nodes
@@ -272,11 +305,12 @@ class JointLedger(TokenLedger):
             if number == len(self._nodes[row]):
                 continue
             slot = int(table[row, number - 1])
-            if slot in nodes:
-                self._nodes[row].append(nodes[slot])
-            else:
-                self._extend(row, (number - 1) * size, number * size, [slot])
-                nodes[slot] = self._nodes[row][-1]
+            if slot not in nodes:
+                # what follows in it is not known: no row to come can ask for it
+                nodes[slot], self._histories[self._num_nodes] = self._num_nodes, 0
+                self._slots[self._num_nodes] = slot
+                self._num_nodes += 1
+            self._nodes[row].append(nodes[slot])
         if sorted(self._slots.values()) != list(range(len(self._slots))) or not torch.equal(self.block_table(), table):
             raise _damaged()
 

@@ -235,3 +235,16 @@ class ModelCache(CompressedCache):
     def __repr__(self) -> str:
         own, seen = len(self.own_layers), self.get_seq_length()
         return f"{type(self).__name__}({own} of {len(self.layers)} layers compressed, {seen} tokens seen)"
+
+
+def checked_compressor(name: str, compressor: object, model: PreTrainedModel | PretrainedConfig) -> KVCompressor | None:
+    """The argument `name` of a cache for `model`: a compressor that was made for it, or None."""
+    if compressor is None:
+        return None
+    if not isinstance(compressor, KVCompressor):
+        raise InvalidOptionError(
+            f"`{name}` must be a KVCompressor or None, got {compressor!r}. Load one by name with "
+            "`KVCompressor.from_pretrained`."
+        )
+    compressor.check_model(model)
+    return compressor

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from deltakv_hf import DeltaKVCache, reading
+from deltakv_hf import DeltaKVCache, JointEncodedCache, reading
 from deltakv_hf.config import FREE
 from deltakv_hf.layer import DeltaKVLayer
 
@@ -28,6 +28,8 @@ def options_of(cache: DeltaKVCache) -> dict:
     """What makes another cache like `cache` for its model."""
     if cache.compressor is None:
         return asdict(cache.options)
+    if isinstance(cache, JointEncodedCache):
+        return {"residual": cache.compressor} | asdict(cache.options)
     return {"compressor": cache.compressor} | {name: getattr(cache.options, name) for name in FREE}
 
 

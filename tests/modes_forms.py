@@ -12,6 +12,8 @@ from families import host_cache, text
 from helpers import options_of, prompt
 from transformers import Cache
 
+from deltakv_hf import JointEncodedCache
+
 
 def gone_back(case: Case, steps: tuple[int, ...] = (30,)) -> Tensors:
     """Far back, into compressed tokens; then other tokens follow."""
@@ -51,7 +53,8 @@ def saved(case: Case) -> Tensors:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.safetensors"
             cache.save(path)
-            coding = {} if cache.compressor is None else {"compressor": cache.compressor}
+            name = "residual" if isinstance(cache, JointEncodedCache) else "compressor"
+            coding = {} if cache.compressor is None else {name: cache.compressor}
             return type(cache).load(path, case.model, **coding)
 
     return continued(case, by_file)

@@ -114,4 +114,4 @@ class BlockCoder(Coder):
         first = start // self.block_size
         slots = store.block_table[:, first : -(-stop // self.block_size)]
         tokens = self.tokens_of(store, slots, slice(None)).flatten(1, 2)
-        yield tokens[:, start - first * self.block_size : stop - first * self.block_size].float(), lambda x: x
+        yield tokens[:, start - first * self.block_size : stop - first * self.block_size], lambda x: x
