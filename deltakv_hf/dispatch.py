@@ -52,7 +52,9 @@ __all__ = [
     "attend",
     "attend_blocks",
     "attend_many",
+    "block_directions",
     "choose",
+    "compare_blocks",
     "dequantize",
     "feed_forward",
     "grid_limit",
@@ -81,7 +83,9 @@ CHOSEN = (
     "analyse",
     "attend",
     "attend_blocks",
+    "block_directions",
     "choose",
+    "compare_blocks",
     "int4_decode",
     "nearest_references",
     "reconstruct_and_attend",
@@ -156,6 +160,30 @@ def attend_many(
     )
     sums = sums[..., : query.shape[2], None]
     return Attended(out.float(), sums)
+
+
+def block_directions(
+    blocks: torch.Tensor,
+    places: torch.Tensor,
+    mean: torch.Tensor,
+    key_width: int,
+    dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels/reference/block_directions.py`; backends differ in the order of sums."""
+    return _op("block_directions", backend, blocks.device)(blocks, places, mean, key_width, dtype)
+
+
+def compare_blocks(
+    blocks: torch.Tensor,
+    members: torch.Tensor,
+    leaders: torch.Tensor,
+    mean: torch.Tensor,
+    key_width: int,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels/reference/compare_blocks.py`; backends differ in the order of sums."""
+    return _op("compare_blocks", backend, blocks.device)(blocks, members, leaders, mean, key_width)
 
 
 def choose(scores: torch.Tensor, log_total: torch.Tensor, budget: int, backend: str | None = None) -> torch.Tensor:

@@ -7,16 +7,17 @@ an order of what they hold, so the order of rows in a batch decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
+
+from . import dispatch
 
 # new blocks compared with each other at once, and leaders with these
 TILE = 2048
-# blocks whose numbers are widened at once
-WIDE = 256
+# blocks whose numbers are multiplied at once
+WIDE = 1024
 SCOPES = ("all", "batch", "intra", "same_index", "none")
 # columns of a home: group, number of the block in its row, what the row was fed up to it; then who held it when stored
 GROUP, INDEX, HISTORY, REQUESTS = range(4)
@@ -44,28 +45,28 @@ class Blocks:
         """Some of them."""
         return Blocks(self.tokens[places], self.homes[places], self.mean, self.key_width)
 
-    def centred(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[len(places), numbers]` float32 less the mean."""
-        apart = self.tokens[places].float() - self.mean
-        return apart[..., : self.key_width].flatten(1), apart[..., self.key_width :].flatten(1)
-
     def directions(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same at length 1, to be multiplied: on a GPU in the dtype of the blocks."""
+        """Keys and values as directions, to be multiplied: on a GPU in the dtype of the blocks."""
         dtype = self.tokens.dtype if self.tokens.is_cuda else torch.float32
-        parts = [[F.normalize(part).to(dtype) for part in self.centred(some)] for some in places.split(WIDE)]
-        return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
+        return dispatch.block_directions(self.tokens, places, self.mean, self.key_width, dtype)
 
 
 def content_order(tokens: torch.Tensor, homes: torch.Tensor) -> torch.Tensor:
     """Places `[n]` of blocks in an order of what they hold; of equal ones, of what their rows were fed."""
     if tokens.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=tokens.device)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (tokens[0].numel(),), generator=generator).to(tokens.device)
-    whole = {4: torch.int32, 2: torch.int16, 8: torch.int64}[tokens.itemsize]
-    keys = [(part.flatten(1).view(whole).long() * factors).sum(1) for part in tokens.split(WIDE)]
+    numbers = tokens.flatten(1)
+    bits = numbers.view(torch.int32 if numbers.shape[1] * numbers.itemsize % 4 == 0 else torch.int16)
+    factors = _factors(bits.shape[1], tokens.device)
+    keys = [(part * factors).sum(1) for part in bits.split(WIDE)]
     order = homes[:, HISTORY].argsort(stable=True)
     return order[torch.cat(keys)[order].argsort(stable=True)]
+
+
+@lru_cache(maxsize=4)
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**31), 2**31, (count,), generator=generator).int().to(device)
 
 
 def may_share(own: torch.Tensor, others: torch.Tensor, scope: str) -> torch.Tensor:
@@ -133,30 +134,3 @@ def first_independent(adjacent: torch.Tensor) -> torch.Tensor:
         chosen |= ready
         left = left & ~ready & ~(adjacent & ready).any(1)
     return chosen
-
-
-def factors(
-    blocks: Blocks, members: torch.Tensor, leaders: torch.Tensor, read: Callable[..., torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What members' leaders are multiplied by, and the errors that remain.
-
-    Args:
-        members, leaders: places `[n]`.
-        read: function `(tokens, scale, mean)` that reads blocks, as a cache does.
-
-    Returns:
-        `[n, 2]` float32 of keys and values; and `[n, 2]` float64 errors relative to the distance from the mean.
-    """
-    scales, errors = [], []
-    if len(members) == 0:
-        return blocks.mean.new_empty(0, 2), blocks.mean.new_empty(0, 2).double()
-    for some, others in zip(members.split(WIDE), leaders.split(WIDE), strict=True):
-        own, theirs = blocks.centred(some), blocks.centred(others)
-        squares = [(part * part).sum(1) for part in theirs]
-        scale = [(a * b).sum(1) / square for a, b, square in zip(own, theirs, squares, strict=True)]
-        scales.append(torch.stack(scale, dim=1))
-        missing = read(blocks.tokens[others], scales[-1], blocks.mean) - blocks.tokens[some].float()
-        split = missing[..., : blocks.key_width].flatten(1), missing[..., blocks.key_width :].flatten(1)
-        norms = ((gone.double().norm(dim=1), part.double().norm(dim=1)) for gone, part in zip(split, own, strict=True))
-        errors.append(torch.stack([gone / part for gone, part in norms], dim=1))
-    return torch.cat(scales), torch.cat(errors)

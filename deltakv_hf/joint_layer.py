@@ -9,7 +9,7 @@ import torch
 
 from .compressor import TokenStore
 from .compressor.coded_blocks import CodedBlockCoder
-from .compressor.fused_blocks import FusedStore, FusingCoder
+from .compressor.fused_blocks import FusedStore
 from .errors import CacheStateError
 from .layer import DeltaKVLayer
 from .layout import Crop, Flush, FlushGroup, Layout
@@ -54,7 +54,7 @@ class JointLayer(DeltaKVLayer):
     def _flushed(self, state: LayerState, flush: Flush) -> LayerState:
         before, state = state.store, super()._flushed(state, flush)
         store, homes = state.store, flush.arrangement.homes
-        if isinstance(self.compressor, FusingCoder) and len(homes):
+        if homes is not None and len(homes):
             store, self.plans = self.compressor.fused(store, len(before.blocks), homes, self.plans)
         return replace(state, store=store.arranged(flush.arrangement))
 

@@ -182,7 +182,7 @@ class JointLedger(TokenLedger):
             ]
             groups.append(replace(group, new_blocks=new))
             nodes += [(rows[place], block) for place, block in new]
-        homes = self._homes(nodes)
+        homes = self._homes(nodes) if self.config.fuses else None
         flush.groups, flush.arrangement = groups, replace(self._collect(), homes=homes)
         return flush
 
@@ -193,13 +193,13 @@ class JointLedger(TokenLedger):
         for row, held in enumerate(self._nodes):
             for node in holders.keys() & set(held):
                 holders[node].add(self._requests[row])
-        homes = torch.zeros(len(new), self.num_home_columns, dtype=torch.int64)
-        for place, ((row, block), node) in enumerate(zip(new, nodes, strict=True)):
-            home = [self._groups[row], block, self._histories[node], *[0] * (homes.shape[1] - REQUESTS)]
+        homes, num_columns = [], self.num_home_columns
+        for (row, block), node in zip(new, nodes, strict=True):
+            home = [self._groups[row], block, self._histories[node], *[0] * (num_columns - REQUESTS)]
             for request in holders[node]:
                 home[REQUESTS + request // REQUEST_BITS] |= 1 << request % REQUEST_BITS
-            homes[place] = torch.tensor(home, dtype=torch.int64)
-        return homes
+            homes.append(home)
+        return torch.tensor(homes, dtype=torch.int64).view(-1, num_columns)
 
     def _extend(self, row: int, start: int, stop: int, slots: list[int] | None = None) -> list[int]:
         """A row takes the blocks of its tokens `start .. stop - 1`; those of them that are to be stored.

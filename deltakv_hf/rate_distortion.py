@@ -79,7 +79,9 @@ def predict(
     middles = torch.tensor(GRID, dtype=torch.float64) - GRID[0] / 2
     errors = (counts * middles).sum(0).cumsum(0) / matches.sum(0).clamp(min=1)
     mean, std = _bulk(cosines)
-    poisson = [_kept_poisson(num_blocks, _tail((1 - error * error) ** 0.5, mean, std)) for error in GRID]
+    grid = torch.tensor(GRID, dtype=torch.float64)
+    expected = num_blocks * torch.special.ndtr((mean - (1 - grid * grid).sqrt()) / max(std, 1e-9))
+    poisson = torch.where(expected < 1e-9, 1.0, expected.log1p() / expected.clamp(min=1e-9))
     allowed = max_relative_error
     if target_ratio is not None:
         reached = [error for error, share in zip(GRID, kept.tolist(), strict=True) if share <= target_ratio]
@@ -96,7 +98,7 @@ def predict(
         # one in two of the largest of so many is beyond it
         min(mean + std * _normal_quantile(0.5 ** (1 / max(1, num_blocks - 1))), NO_CHANCE),
         tuple(curve[1:]),
-        tuple(poisson),
+        tuple(poisson.tolist()),
         tuple(errors.tolist()),
         allowed,
         curve[low] + (curve[low + 1] - curve[low]) * (place - low),
@@ -105,26 +107,16 @@ def predict(
 
 def _bulk(cosines: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of unrelated pairs: quantiles do not see the few that are related."""
-    numbers = cosines[cosines.isfinite()].float()
-    if numbers.numel() < 2:
-        return 0.0, 0.0
-    numbers = numbers[:: max(1, numbers.numel() // 2**18)].sort().values
+    numbers = cosines.flatten()
+    numbers = numbers[:: -(-numbers.numel() // 2**18)].sort().values
+    # what may not share stands in front
+    count = numbers.isfinite().sum()
     # the lower half alone: it is the upper one that relations widen
-    low, middle = (float(numbers[int(share * (len(numbers) - 1))]) for share in (0.1587, 0.5))
-    return middle, middle - low
-
-
-def _tail(cosine: float, mean: float, std: float) -> float:
-    """Probability of a pair beyond `cosine`."""
-    if std <= 0:
-        return float(mean >= cosine)
-    return 0.5 * torch.erfc(torch.tensor((cosine - mean) / std / 2**0.5, dtype=torch.float64)).item()
+    shares = torch.tensor([0.1587, 0.5], device=numbers.device)
+    places = (len(numbers) - count + shares * (count - 1)).long().clamp(0, len(numbers) - 1)
+    low, middle, is_known = torch.cat([numbers[places], (count > 1).float()[None]]).tolist()
+    return (middle, middle - low) if is_known else (0.0, 0.0)
 
 
 def _normal_quantile(share: float) -> float:
     return torch.special.ndtri(torch.tensor(share, dtype=torch.float64)).clamp(-9, 9).item()
-
-
-def _kept_poisson(num_blocks: int, probability: float) -> float:
-    expected = probability * num_blocks
-    return 1.0 if expected < 1e-9 else torch.tensor(expected, dtype=torch.float64).log1p().item() / expected

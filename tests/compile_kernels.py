@@ -12,9 +12,11 @@ from deltakv_hf.kernels.triton_ops import (
     attend,
     attend_blocks,
     attend_kernels,
+    block_directions,
     block_kernels,
     choose,
     choose_kernels,
+    compare_blocks,
     decoding,
     int4_decode,
     int4_kernels,
@@ -165,6 +167,10 @@ def kernels(capability: int):
         constants |= dict.fromkeys(("HEAD_DIM", "VALUE_DIM", "KEY_BLOCK", "VALUE_BLOCK"), head_dim)
         constants |= {"ROWS": attend_blocks.ROWS} | attend_blocks.tile(head_dim, dtype, capability)
         yield block_kernels.block_kernel, {"query": kind, "blocks": kind} | BLOCKS, constants, {}
+    pairs = {"blocks": "*bf16", "directions": "*bf16"} | dict.fromkeys("places members leaders".split(), "*i64")
+    pairs |= integers("block_size", "key_width width")
+    for kernel in (block_directions.direction_kernel, compare_blocks.compare_kernel):
+        yield kernel, pairs, {"COLUMNS": block_directions.COLUMNS}, {}
     constants = {"SPANS": 16, "ROWS": choose.KEY_ROWS, "BLOCK": choose.KEY_TOKENS}
     yield choose_kernels.sum_kernel, CHOOSE, {"BLOCK": choose.SUM_TOKENS}, {}
     yield choose_kernels.key_kernel, CHOOSE, constants, {"num_warps": 8}

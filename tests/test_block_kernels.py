@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from deltakv_hf import dispatch
 from deltakv_hf.dispatch import Attended, Fusion, Rotation
+from deltakv_hf.kernels import reference
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,3 +227,44 @@ def test_a_row_is_read_alike_in_any_company():
     bound = 0 if DEVICE == "cuda" else 1e-6
     for x, y in zip(together, alone, strict=True):
         torch.testing.assert_close(x[1:2], y, rtol=bound, atol=bound)
+
+
+@st.composite
+def pools(draw):
+    """Blocks, places of some of them twice, a mean and the width of keys."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    size, key_width, value_width = draw(st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 40)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    blocks = torch.randn(12, size, key_width + value_width, generator=generator).to(dtype)
+    count = draw(st.integers(0, 20))
+    members, leaders = (torch.randint(0, 12, (count,), generator=generator) for _ in range(2))
+    return blocks, members, leaders, torch.randn(key_width + value_width, generator=generator), key_width
+
+
+@given(pools(), st.sampled_from([16, 1024]))
+@settings(max_examples=30)
+def test_directions_and_errors_are_those_of_the_reference(pool, columns):
+    blocks, members, leaders, mean, key_width = pool
+    on_device = [part.to(DEVICE) for part in (blocks, members, leaders, mean)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("block_directions", "compare_blocks"):
+            patch.setattr(import_module(f"deltakv_hf.kernels.triton_ops.{name}"), "COLUMNS", columns)
+        found = dispatch.block_directions(*on_device[:2], on_device[3], key_width, torch.float32, "triton")
+        scales, errors = dispatch.compare_blocks(*on_device, key_width, "triton")
+    expected = reference.block_directions(blocks, members, mean, key_width, torch.float32)
+    for part, known in zip(found, expected, strict=True):
+        torch.testing.assert_close(part.cpu(), known, rtol=1e-4, atol=1e-5)
+    for part, known in zip(
+        (scales, errors), reference.compare_blocks(blocks, members, leaders, mean, key_width), strict=True
+    ):
+        torch.testing.assert_close(part.cpu(), known, rtol=1e-4, atol=1e-4)
+    # by itself a block is read as it is
+    assert (errors.cpu()[members == leaders] < 1e-6).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_that_is_the_mean_has_no_direction(backend):
+    token = torch.randn(10)
+    held = token.expand(3, 4, -1).contiguous(), torch.arange(3), token
+    held = [part.to(BACKENDS[backend]) for part in held]
+    assert all((part == 0).all() for part in dispatch.block_directions(*held, 6, torch.float32, backend))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..fusion import GROUP, REQUESTS, Blocks, assign, content_order, factors, may_share, similarities
+from .. import dispatch
+from ..fusion import GROUP, REQUESTS, Blocks, assign, content_order, may_share, similarities
 from ..hf_compat import upload
 from ..layout import Arrangement
 from ..rate_distortion import SAMPLE, RateDistortion, predict
@@ -169,8 +170,8 @@ class FusingCoder(BlockCoder):
             leaders = assign(blocks, old.sort().values, new, self.scope, store.least[group])
             is_member = leaders != new
             members, leaders = new[is_member], leaders[is_member]
-            scales, errors = factors(blocks, members, leaders, self.read)
-            errors = errors.amax(1)
+            scales, errors = dispatch.compare_blocks(store.blocks, members, leaders, blocks.mean, self.key_width)
+            errors = errors.amax(1).double()
             stays = errors * errors <= 1 - store.least[group].square()
             if not is_planned:
                 plan, is_left_alone = _achieved(plans[group], errors[stays], len(places))

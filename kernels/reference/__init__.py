@@ -6,7 +6,9 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 from .analyse import analyse
 from .attend import Attended, attend, attend_many, weigh
 from .attend_blocks import Fusion, attend_blocks
+from .block_directions import block_directions
 from .choose import choose
+from .compare_blocks import compare_blocks
 from .feed_forward import LINEAR_MAPS, feed_forward
 from .int4_decode import GROUP as INT4_GROUP
 from .int4_decode import int4_decode, int4_dense, int4_encode
@@ -40,6 +42,8 @@ __all__ = [
     "analyse",
     "attend",
     "attend_blocks",
+    "block_directions",
+    "compare_blocks",
     "attend_many",
     "choose",
     "dequantize",
