@@ -7,7 +7,8 @@ an order of what they hold, so the order of rows in a batch decides nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,8 @@ from . import dispatch
 
 # new blocks compared with each other at once, and leaders with these
 TILE = 2048
+# tiles whose directions are kept
+RECENT = 2
 # blocks whose numbers are multiplied at once
 WIDE = 1024
 SCOPES = ("all", "batch", "intra", "same_index", "none")
@@ -40,15 +43,20 @@ class Blocks:
     homes: torch.Tensor
     mean: torch.Tensor
     key_width: int
-
-    def pick(self, places: torch.Tensor) -> Blocks:
-        """Some of them."""
-        return Blocks(self.tokens[places], self.homes[places], self.mean, self.key_width)
+    _recent: list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=list)
 
     def directions(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as directions, to be multiplied: on a GPU in the dtype of the blocks."""
+        """Keys and values as directions, to be multiplied: on a GPU in the dtype of the blocks.
+
+        The last ones are kept for who asks for the same tensor of places again.
+        """
+        for known, directions in self._recent:
+            if known is places:
+                return directions
         dtype = self.tokens.dtype if self.tokens.is_cuda else torch.float32
-        return dispatch.block_directions(self.tokens, places, self.mean, self.key_width, dtype)
+        directions = dispatch.block_directions(self.tokens, places, self.mean, self.key_width, dtype)
+        self._recent[:] = [*self._recent[1 - RECENT :], (places, directions)]
+        return directions
 
 
 def content_order(tokens: torch.Tensor, homes: torch.Tensor) -> torch.Tensor:
@@ -90,16 +98,18 @@ def similarities(own: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Ten
     return torch.minimum(keys, values)
 
 
-def assign(blocks: Blocks, leaders: torch.Tensor, new: torch.Tensor, scope: str, least: torch.Tensor) -> torch.Tensor:
-    """The leader of each new block, itself if it is one: `[len(new)]` places in `blocks`.
+def assign(
+    blocks: Blocks, leaders: torch.Tensor, tiles: Sequence[torch.Tensor], scope: str, least: torch.Tensor
+) -> torch.Tensor:
+    """The leader of each new block, itself if it is one: places in `blocks`.
 
     Args:
         leaders: places of the leaders there are, in the order of `content_order` of the time when they were stored.
-        new: places of new blocks in the order of `content_order`.
+        tiles: places of new blocks in the order of `content_order`.
         least: cosine that is close enough, a number on the device.
     """
     found = []
-    for some in new.split(TILE) if len(new) else ():
+    for some in tiles:
         own, homes = blocks.directions(some), blocks.homes[some]
         best, place = torch.full(some.shape, -torch.inf, device=some.device), some
         for others in leaders.split(TILE) if len(leaders) else ():
@@ -118,7 +128,7 @@ def assign(blocks: Blocks, leaders: torch.Tensor, new: torch.Tensor, scope: str,
         place = torch.where(is_open, torch.where(heads, some, some[at]), place)
         leaders = torch.cat([leaders, some[heads]])
         found.append(place)
-    return torch.cat(found) if found else new
+    return torch.cat(found)
 
 
 def first_independent(adjacent: torch.Tensor) -> torch.Tensor:

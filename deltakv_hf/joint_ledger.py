@@ -180,7 +180,7 @@ class JointLedger(TokenLedger):
             new = [
                 (place, block) for place, row in enumerate(rows) for block in self._extend(row, group.start, group.stop)
             ]
-            groups.append(replace(group, new_blocks=new))
+            groups.append(replace(group, new_blocks=torch.tensor(new, dtype=torch.int64).view(-1, 2)))
             nodes += [(rows[place], block) for place, block in new]
         homes = self._homes(nodes) if self.config.fuses else None
         flush.groups, flush.arrangement = groups, replace(self._collect(), homes=homes)
@@ -215,10 +215,11 @@ class JointLedger(TokenLedger):
             # they reach over columns, padding between tokens included
             numbers = torch.cat([numbers, (columns - columns[:1])[:, None]], dim=1)
         del nodes[start // size :]
+        data, step = numbers.numpy().tobytes(), numbers.shape[1] * numbers.itemsize
         for block in range(start // size, stop // size):
             # sinks stand before the first block, which is what they are fed with
             first = sinks + block * size if block else 0
-            held = numbers[first : sinks + (block + 1) * size].numpy().tobytes()
+            held = data[first * step : (sinks + (block + 1) * size) * step]
             key = (nodes[-1] if nodes else -1 - self._groups[row], held)
             if key not in self._tree:
                 self._tree[key] = self._num_nodes

@@ -17,7 +17,7 @@ class FlushGroup:
         rows: row numbers, or None for all rows.
         offset: first of these tokens among the tokens that the flush reads (see `Flush.source_idx`).
         row_columns: column of each real token of these rows; None where token `i` stands in column `i`.
-        new_blocks: of a cache of blocks, those to store: place in `rows` and number of the row's block.
+        new_blocks: of a cache of blocks, those to store, `[n, 2]` int64: place in `rows` and number of the row's block.
     """
 
     rows: list[int] | None
@@ -25,7 +25,7 @@ class FlushGroup:
     start: int
     stop: int
     row_columns: list[torch.Tensor] | None = None
-    new_blocks: list[tuple[int, int]] | None = None
+    new_blocks: torch.Tensor | None = None
 
     def columns(self, start: int, stop: int) -> torch.Tensor | None:
         """Columns `[rows, stop - start]` of tokens `start .. stop - 1`, sinks counted; None where they are the same."""

@@ -68,18 +68,14 @@ def predict(
         max_relative_error: the most to allow, below 1.
         target_ratio: share of blocks that may stay; None: as few as `max_relative_error` gives.
     """
-    num_blocks, edges = cosines.shape[1], torch.tensor([1 - error * error for error in GRID[::-1]]).sqrt()
-    # by bucket of the error: how many blocks each of the sample matches no worse
-    bucket = len(GRID) - torch.bucketize(cosines, edges.to(cosines.device), right=True)
-    counts = torch.zeros(len(cosines), len(GRID) + 1, device=cosines.device)
-    counts.scatter_add_(1, bucket, torch.ones_like(cosines))
-    counts = counts[:, :-1].double().cpu()
-    matches = counts.cumsum(1)
-    kept = (1 / (1 + matches)).mean(0)
-    middles = torch.tensor(GRID, dtype=torch.float64) - GRID[0] / 2
-    errors = (counts * middles).sum(0).cumsum(0) / matches.sum(0).clamp(min=1)
+    num_blocks, grid = cosines.shape[1], torch.tensor(GRID, dtype=torch.float64)
+    cosines, edges = cosines.sort(1).values, (1 - grid * grid).sqrt().float().expand(len(cosines), -1)
+    # how many blocks each of the sample matches with no larger error
+    matches = num_blocks - torch.searchsorted(cosines, edges.contiguous().to(cosines.device)).cpu().double()
+    kept, totals = (1 / (1 + matches)).mean(0), matches.sum(0)
+    counts = totals.diff(prepend=totals.new_zeros(1))
+    errors = (counts * (grid - GRID[0] / 2)).cumsum(0) / totals.clamp(min=1)
     mean, std = _bulk(cosines)
-    grid = torch.tensor(GRID, dtype=torch.float64)
     expected = num_blocks * torch.special.ndtr((mean - (1 - grid * grid).sqrt()) / max(std, 1e-9))
     poisson = torch.where(expected < 1e-9, 1.0, expected.log1p() / expected.clamp(min=1e-9))
     allowed = max_relative_error

@@ -47,7 +47,8 @@ def store_of(coder: FusingCoder, steps: list[tuple[torch.Tensor, torch.Tensor]])
         def read(start, stop, blocks=blocks):
             return blocks[:, start:stop]
 
-        store = coder.append(store, rows, 0, SIZE, read, new_blocks=[(place, 0) for place in range(count)])
+        new = torch.stack([torch.arange(count), torch.zeros(count, dtype=torch.int64)], dim=1)
+        store = coder.append(store, rows, 0, SIZE, read, new_blocks=new)
         store, plans = coder.fused(store, old, homes, plans)
         done += count
     return store, plans

@@ -24,6 +24,13 @@ def given(options: dict) -> dict:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def refuse_given(options: dict, rule: str) -> None:
+    """Refuses the first of `options` that was given; `rule` says what it must do instead, and how to repair it."""
+    for name, value in given(options).items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        raise InvalidOptionError(f"`--{name.replace('_', '-')}` must {rule}, got {str(shown)!r}.")
+
+
 def command_line() -> str:
     """The command as it was typed, to be noted beside what it made; of places on this machine the names alone."""
     parts = [Path(part).name if part.startswith(("/", "~")) else part for part in sys.argv[1:]]

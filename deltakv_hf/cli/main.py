@@ -11,7 +11,7 @@ except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'deltakv-hf[demo]'") from error
 
 from ..errors import InvalidOptionError
-from .arguments import Device, Dtype, TextLicense, Threads, given
+from .arguments import Device, Dtype, TextLicense, Threads, given, refuse_given
 from .bench import bench_app
 from .console import readable_errors
 from .eval import eval_app
@@ -92,16 +92,59 @@ def inspect(
     nbits: Nbits = None,
     reference_nbits: ReferenceNbits = None,
     reference_stride: ReferenceStride = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Instead: read a batch with a JointEncodedCache whose similar blocks share.")
+    ] = False,
+    max_relative_error: Annotated[
+        float | None,
+        typer.Option(help="With --joint: largest error of a block. Default: 0.4, none with --target-ratio."),
+    ] = None,
+    target_ratio: Annotated[
+        float | None, typer.Option(help="With --joint: share of the blocks that may stay, by the least error for it.")
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="With --joint, who shares: all (default), batch, same_index or intra.")
+    ] = None,
+    rope: Annotated[
+        str | None, typer.Option(help="With --joint, how keys are compared: stripped (default) or rotated.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="With --joint: tokens of a block. Default: 16.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --joint: a text file, UTF-8, of one row; a line with a form feed separates rows. May be "
+            "repeated. Default: passages of the bundled text, in another order in each row."
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="With --joint: rows of the bundled text. Default: 4.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="With --joint: most tokens of a row. Default: 1024.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="With --joint: draw it here.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Shows what the cache does with each layer of a model: kind, RoPE, bytes per token."""
-    with readable_errors():
-        from .inspect import run_inspect
+    """Shows what the cache does with each layer of a model: kind, RoPE, bytes per token.
 
+    With --joint: how many blocks similar ones leave in each layer, predicted and achieved, and at what error.
+    """
+    with readable_errors():
         options = {"nbits": nbits, "reference_nbits": reference_nbits, "reference_stride": reference_stride}
-        run_inspect(model, given(options), device, dtype, as_json)
+        fusing = {"max_relative_error": max_relative_error, "target_ratio": target_ratio, "scope": scope, "rope": rope}
+        fusing["block_size"] = block_size
+        batch = {"text": text, "rows": rows, "length": length, "png": png}
+        if joint:
+            from .inspect_joint import JointSettings, run_inspect_joint
+
+            refuse_given(options, "be left out with `--joint`, whose blocks are stored as they are")
+            where = text or [], rows, length, png, device, dtype
+            run_inspect_joint(JointSettings(model, given(fusing), *where), as_json)
+        else:
+            from .inspect import run_inspect
+
+            refuse_given(fusing | batch, "come with `--joint` (add it, or leave the other out)")
+            run_inspect(model, given(options), device, dtype, as_json)
 
 
 @app.command("list")

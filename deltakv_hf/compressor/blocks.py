@@ -70,21 +70,21 @@ class BlockCoder(Coder):
         start: int,
         stop: int,
         read,
-        new_blocks: list[tuple[int, int]] = (),
+        new_blocks: torch.Tensor | None = None,
     ) -> BlockStore:
         """Puts blocks behind those in the pool; the table is that of an `Arrangement` to come.
 
         Args:
             rows, start, stop, read: as of `Coder.append`; `stop` is a multiple of `block_size`.
-            new_blocks: which to store: place in `rows` and number of the row's block.
+            new_blocks: which to store, `[n, 2]` int64: place in `rows` and number of the row's block.
         """
         size = self.block_size
         added = store.blocks.new_empty(len(new_blocks), size, self.width)
         tile = max(1, self.encode_tile // size) * size
         for begin in range(start // size * size, stop, tile):
             end = min(begin + tile, stop)
-            wanted = [(i, *new) for i, new in enumerate(new_blocks) if begin <= new[1] * size < end]
-            if not wanted:
+            wanted = ((new_blocks[:, 1] >= begin // size) & (new_blocks[:, 1] < -(-end // size))).nonzero()
+            if len(wanted) == 0:
                 continue
             tokens = read(max(begin, start), end).to(self.dtype)
             if begin < start:
@@ -92,7 +92,8 @@ class BlockCoder(Coder):
                 picked = slice(None) if rows is None else upload(torch.tensor(rows), tokens.device)
                 held = self.tokens_of(store, store.block_table[picked, begin // size].unsqueeze(1), picked)
                 tokens = torch.cat([held[:, 0, : start - begin].to(self.dtype), tokens], dim=1)
-            idx, places, blocks = upload(torch.tensor(wanted), tokens.device).unbind(1)
+            wanted = torch.cat([wanted, new_blocks[wanted[:, 0]]], dim=1)
+            idx, places, blocks = upload(wanted, tokens.device).unbind(1)
             added[idx] = tokens.unflatten(1, (-1, size))[places, blocks - begin // size]
         return replace(store, blocks=torch.cat([store.blocks, added]))
 

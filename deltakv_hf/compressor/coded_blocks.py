@@ -86,14 +86,14 @@ class CodedBlockCoder(Coder):
         start: int,
         stop: int,
         read,
-        new_blocks: list[tuple[int, int]] = (),
+        new_blocks: torch.Tensor | None = None,
     ) -> CodedBlocks:
         """Puts blocks behind those in the pool; see `BlockCoder.append`."""
         device, size = store.block_table.device, self.block_size
         picked = slice(None) if rows is None else upload(torch.tensor(rows), device)
         # a row's codes are made behind its own; those that another row has made already are dropped
         held = self.inner.append(self.gathered(store, picked), None, start, stop, read)
-        places, blocks = upload(torch.tensor(new_blocks, dtype=torch.int64).view(-1, 2), device).unbind(1)
+        places, blocks = upload(new_blocks, device).unbind(1)
         parts = {}
         for name in held.names():
             count = getattr(store, name).shape[1]

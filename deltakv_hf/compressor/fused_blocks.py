@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .. import dispatch
-from ..fusion import GROUP, REQUESTS, Blocks, assign, content_order, may_share, similarities
+from ..fusion import GROUP, REQUESTS, TILE, Blocks, assign, content_order, may_share, similarities
 from ..hf_compat import upload
 from ..layout import Arrangement
 from ..rate_distortion import SAMPLE, RateDistortion, predict
@@ -156,28 +157,33 @@ class FusingCoder(BlockCoder):
         order = [leader_of[:num_old].clone()]
         for group in sorted(set(homes[:, GROUP].tolist())):
             places = (store.homes[:, GROUP] == group).nonzero().flatten()
-            places = places[content_order(store.blocks[places], store.homes[places])]
-            old, new = places[places < num_old], places[places >= num_old]
+            some = store.blocks if len(places) == num_blocks else store.blocks[places]
+            places = places[content_order(some, store.homes[places])]
+            old, new = (places[places < num_old], places[places >= num_old]) if num_old else (places[:0], places)
             order.append(new)
             is_planned = group in plans or not store.least[group].isnan()
             if self.scope == "none" or (not is_planned and len(places) < LEAST_BLOCKS):
                 continue
             if not is_planned:
-                store, plan = self._planned(store, group, places)
-                plans = plans | {group: plan}
                 old, new = places[:0], places
-            blocks = Blocks(store.blocks, store.homes, store.mean[group], self.key_width)
-            leaders = assign(blocks, old.sort().values, new, self.scope, store.least[group])
-            is_member = leaders != new
-            members, leaders = new[is_member], leaders[is_member]
+            if len(new) == 0:
+                continue
+            tiles = new.split(TILE)
+            if is_planned:
+                blocks = Blocks(store.blocks, store.homes, store.mean[group], self.key_width)
+            else:
+                store, blocks, plan = self._planned(store, group, places, tiles)
+            leaders = assign(blocks, old.sort().values, tiles, self.scope, store.least[group])
+            at = (leaders != new).nonzero().flatten()
+            members, leaders = new[at], leaders[at]
             scales, errors = dispatch.compare_blocks(store.blocks, members, leaders, blocks.mean, self.key_width)
             errors = errors.amax(1).double()
-            stays = errors * errors <= 1 - store.least[group].square()
+            stays = (errors * errors <= 1 - store.least[group].square()).nonzero().flatten()
             if not is_planned:
-                plan, is_left_alone = _achieved(plans[group], errors[stays], len(places))
-                plans[group] = plan
-                if is_left_alone:
-                    store.least[group], stays = NEVER, torch.zeros_like(stays)
+                plan = _achieved(plan, errors[stays], len(places))
+                plans = plans | {group: plan}
+                if plan.is_left_alone:
+                    store.least[group], stays = NEVER, stays[:0]
             members = members[stays]
             leader_of[members], scale[members] = leaders[stays], scales[stays]
         order = torch.cat(order)
@@ -195,31 +201,33 @@ class FusingCoder(BlockCoder):
             scale=torch.where(is_new[:, None], scale[leader], store.scale),
         ), plans
 
-    def _planned(self, store: FusedStore, group: int, places: torch.Tensor) -> tuple[FusedStore, RateDistortion]:
+    def _planned(
+        self, store: FusedStore, group: int, places: torch.Tensor, tiles: Sequence[torch.Tensor]
+    ) -> tuple[FusedStore, Blocks, RateDistortion]:
         """The mean of a group and how close is close enough, from a sample of `places`, in the order of contents."""
-        sums = [store.blocks[some].float().sum((0, 1)) for some in places.split(256)]
         mean, least = store.mean.clone(), store.least.clone()
+        # in the order of contents, which a sum depends on
+        sums = store.blocks.sum(1, dtype=torch.float32)[places].sum(0)
         # what is not a number must not be read in every block
-        mean[group] = torch.nan_to_num(torch.stack(sums).sum(0) / (len(places) * self.block_size), 0.0, 0.0, 0.0)
+        mean[group] = torch.nan_to_num(sums / (len(places) * self.block_size), 0.0, 0.0, 0.0)
         blocks = Blocks(store.blocks, store.homes, mean[group], self.key_width)
         sample = places[:: -(-len(places) // SAMPLE)]
         own, homes, cosines = blocks.directions(sample), store.homes[sample], []
-        for some in places.split(2048):
+        for some in tiles:
             part = similarities(own, blocks.directions(some))
             is_out = ~may_share(homes, store.homes[some], self.scope) | (sample[:, None] == some)
             cosines.append(part.masked_fill(is_out, -torch.inf))
         aim = self.max_relative_error, self.target_ratio
         plan = predict(torch.cat(cosines, dim=1).nan_to_num(-torch.inf, neginf=-torch.inf), self.layer_idx, group, *aim)
         least[group] = (1 - plan.max_relative_error**2) ** 0.5
-        return replace(store, mean=mean, least=least), plan
+        return replace(store, mean=mean, least=least), blocks, plan
 
 
-def _achieved(plan: RateDistortion, errors: torch.Tensor, num_blocks: int) -> tuple[RateDistortion, bool]:
-    """What has come of a plan, and whether it must be left alone: half its matches are what chance gives too."""
+def _achieved(plan: RateDistortion, errors: torch.Tensor, num_blocks: int) -> RateDistortion:
+    """What has come of a plan; a layer is to be left alone if half its matches are what chance gives too."""
     if len(errors) == 0:
-        return plan, False
-    cosine = max(0.0, 1 - float(errors.median()) ** 2) ** 0.5
-    if cosine <= plan.chance_cosine:
-        return replace(plan, is_left_alone=True), True
-    kept = 1 - len(errors) / num_blocks
-    return replace(plan, achieved_kept=kept, achieved_error=float(errors.mean())), False
+        return plan
+    median, mean = torch.stack([errors.median(), errors.mean()]).tolist()
+    if max(0.0, 1 - median**2) ** 0.5 <= plan.chance_cosine:
+        return replace(plan, is_left_alone=True)
+    return replace(plan, achieved_kept=1 - len(errors) / num_blocks, achieved_error=mean)

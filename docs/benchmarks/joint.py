@@ -18,6 +18,7 @@ import shlex
 import statistics
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -129,14 +130,15 @@ def cost(arguments) -> list[dict]:
     from shapes import new_model
 
     model, results = new_model(arguments.num_layers), []
-    model.set_attn_implementation("sdpa")
     generator = torch.Generator().manual_seed(0)
     pool = torch.randint(5, 1000, (64, 256), generator=generator)
     mixed = torch.stack([pool[torch.randperm(64, generator=generator)[:8]].flatten() for _ in range(32)]).cuda()
     shared = torch.cat([mixed[:1, :1920].expand(32, -1), mixed[:, :128]], dim=1)
     kinds = {"DynamicCache": None, "exact": {}, "error 0.3": {"max_relative_error": 0.3}}
     kinds["target_ratio 0.3"] = {"target_ratio": 0.3}
-    for batch, ids in (("8 of 64 passages each, 32 rows of 2,048", mixed), ("1,920 tokens in common", shared)):
+    named = ("8 of 64 passages each, 32 rows of 2,048", mixed), ("1,920 tokens in common", shared)
+    for (batch, ids), attention in product(named, ("sdpa", "deltakv")):
+        model.set_attn_implementation(attention)
         for kind, options in kinds.items():
             seconds, steps = [], []
             for _ in range(3):
@@ -148,16 +150,17 @@ def cost(arguments) -> list[dict]:
                 model(ids, past_key_values=cache, logits_to_keep=1)
                 seconds.append(_now() - started)
                 allocated = torch.cuda.memory_allocated() - held
-            for _ in range(24):
+            for _ in range(48):
                 started = _now()
                 model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
                 steps.append(_now() - started)
             result = {
                 "batch": batch,
+                "attention": attention,
                 "cache": kind,
                 "layers": arguments.num_layers,
                 "prefill_s": min(seconds[1:]),
-                "step_ms": 1000 * statistics.median(steps[4:15]),
+                "step_ms": 1000 * statistics.median(steps[4:]),
                 "allocated_mib": allocated / 2**20,
             }
             if options is not None:
