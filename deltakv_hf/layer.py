@@ -326,4 +326,4 @@ class DeltaKVLayer(CacheLayerMixin):
             self.selector.reset()
 
     def __repr__(self) -> str:
-        return f"DeltaKVLayer(layer_idx={self.layer_idx}, columns={self.columns})"
+        return f"{type(self).__name__}(layer_idx={self.layer_idx}, columns={self.columns})"

@@ -110,7 +110,8 @@ class MemoryReport:
         rows = [(name, size) for name, size in self.parts.items() if size]
         rows += [("stored", self.stored_bytes), ("dense", self.dense_bytes)]
         width = max(len(name) for name, _ in rows)
-        lines = [f"{self.tokens} tokens, {self.compressed_tokens} of them compressed"]
+        how = "in blocks" if self.parts.get("block tables") else "compressed"
+        lines = [f"{self.tokens} tokens, {self.compressed_tokens} of them {how}"]
         for name, size in rows:
             share = f"{size / self.dense_bytes:7.1%}" if self.dense_bytes else ""
             lines.append(f"{name:<{width}}  {size / 2**20:10.3f} MiB  {share}".rstrip())

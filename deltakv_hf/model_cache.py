@@ -43,6 +43,10 @@ class ModelCache(CompressedCache):
 
     # what codes stored tokens, if it was made for the model
     compressor: KVCompressor | None = None
+    # and what it is called as an argument
+    compressor_argument = "compressor"
+    # how its layers store tokens, in a word
+    _how = "compressed"
     # of a cache that was loaded: the ids in the file
     saved_prompt: SavedPrompt | None = None
 
@@ -234,7 +238,7 @@ class ModelCache(CompressedCache):
 
     def __repr__(self) -> str:
         own, seen = len(self.own_layers), self.get_seq_length()
-        return f"{type(self).__name__}({own} of {len(self.layers)} layers compressed, {seen} tokens seen)"
+        return f"{type(self).__name__}({own} of {len(self.layers)} layers {self._how}, {seen} tokens seen)"
 
 
 def checked_compressor(name: str, compressor: object, model: PreTrainedModel | PretrainedConfig) -> KVCompressor | None:

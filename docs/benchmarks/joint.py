@@ -76,18 +76,23 @@ def _aligned(texts: list[list[int]], passages: list[list[int]]) -> list[list[int
 def quality(arguments) -> list[dict]:
     """Bytes and predictions of each batch with each cache."""
     model, _ = load_demo_model(torch.float32, arguments.device)
-    compressor = KVCompressor.from_pretrained("smollm2-135m-instruct-10x")
-    kinds = {"exact": {}, "residual 10x": {"residual": compressor}, "target_ratio 0.5": {"target_ratio": 0.5}}
+    kinds = {"exact": {}, "target_ratio 0.5": {"target_ratio": 0.5}}
+    for size in ("10x", "15x"):
+        kinds[f"residual {size}"] = {"residual": KVCompressor.from_pretrained(f"smollm2-135m-instruct-{size}")}
     kinds |= {f"error {e}, {rope}": {"max_relative_error": e, "rope": rope} for e in ERRORS for rope in ROPE}
     kinds |= {f"error 0.4, {scope}": {"max_relative_error": 0.4, "scope": scope} for scope in SCOPES}
     results = []
     for name, (ids, nexts) in batches(json.loads(arguments.ids.read_text())).items():
+        if arguments.batch and name not in arguments.batch:
+            continue
         ids, nexts = ids.to(model.device), nexts.to(model.device)
         full = DynamicCache(config=model.config)
         model(ids, past_key_values=full, logits_to_keep=1)
         expected = model(nexts[:, :-1], past_key_values=full).logits.float()
         for kind, options in kinds.items():
-            if name not in FUSED and kind not in ("exact", "residual 10x"):
+            if name not in FUSED and kind not in ("exact", "residual 10x", "residual 15x"):
+                continue
+            if arguments.cache and kind not in arguments.cache:
                 continue
             cache = JointEncodedCache(model, **options)
             model(ids, past_key_values=cache, logits_to_keep=1)
@@ -183,6 +188,8 @@ def main() -> None:
     made = commands.add_parser("quality")
     made.add_argument("ids", type=Path, help="token ids of texts by name, JSON")
     made.add_argument("--device")
+    made.add_argument("--batch", action="append", help="only this one; may be repeated")
+    made.add_argument("--cache", action="append", help="only this one; may be repeated")
     made.set_defaults(run=quality, dtype=torch.float32)
     timed = commands.add_parser("cost")
     timed.add_argument("--num-layers", type=int, default=16)
