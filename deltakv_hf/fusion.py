@@ -22,7 +22,9 @@ RECENT = 2
 # blocks whose numbers are multiplied at once
 WIDE = 1024
 SCOPES = ("all", "batch", "intra", "same_index", "none")
-# columns of a home: group, number of the block in its row, what the row was fed up to it; then who held it when stored
+# columns of a home: group, number of the block in its row, what the row was fed up to it; then who held it when stored.
+# The number is less than 0 (`~number`) of a block whose first tokens were read from one that a crop has cut: with an
+# error of their own, it shares with none
 GROUP, INDEX, HISTORY, REQUESTS = range(4)
 # requests in a column
 REQUEST_BITS = 62
@@ -79,8 +81,8 @@ def _factors(count: int, device: torch.device) -> torch.Tensor:
 
 def may_share(own: torch.Tensor, others: torch.Tensor, scope: str) -> torch.Tensor:
     """Whether blocks with these homes may share storage, bool `[own, others]`."""
-    own, others = own[:, None], others[None]
-    allowed = own[..., GROUP] == others[..., GROUP]
+    groups = [torch.where(homes[:, INDEX] < 0, none, homes[:, GROUP]) for homes, none in ((own, -1), (others, -2))]
+    allowed, own, others = groups[0][:, None] == groups[1], own[:, None], others[None]
     if scope == "all":
         return allowed
     requests, other_requests = own[..., REQUESTS:], others[..., REQUESTS:]

@@ -51,6 +51,9 @@ class JointEncodedCache(ModelCache):
     ```
     """
 
+    compressor_argument = "residual"
+    _how = "in blocks"
+
     def __init__(
         self,
         model: PreTrainedModel | PretrainedConfig,
@@ -81,7 +84,8 @@ class JointEncodedCache(ModelCache):
             if not options.fuses:
                 return BlockCoder(options.block_size, width, dtype)
             aim = options.scope, options.largest_error, options.target_ratio
-            return FusingCoder(options.block_size, width, key_width, dtype, layer_idx, *aim, ledger.num_groups)
+            counts = ledger.num_groups, ledger.num_home_columns
+            return FusingCoder(options.block_size, width, key_width, dtype, layer_idx, *aim, *counts)
 
         if not options.strips_rope and residual is None:
             forms = dict.fromkeys(forms)

@@ -81,10 +81,15 @@ class JointLayer(DeltaKVLayer):
             )
         if not isinstance(store, FusedStore):
             return self.compressor.of_blocks(self.ledger.num_blocks, table)
+        if any(self.ledger.compressed) and not torch.equal(store.row_groups, self.ledger.row_groups()):
+            raise CacheStateError(
+                f"layer {self.layer_idx} of the saved cache must hold the groups of its rows, got others: it was "
+                "written by another version. Save the cache again."
+            )
         num_leaders = store.blocks.shape[0]
         if set(store.leader.tolist()) != set(range(num_leaders)):
             raise CacheStateError(
                 f"layer {self.layer_idx} of the saved cache must hold the leaders that its slots say, got others: it "
                 "was written by another version. Save the cache again."
             )
-        return self.compressor.of_blocks(self.ledger.num_blocks, table, num_leaders, self.ledger.num_home_columns)
+        return self.compressor.of_blocks(self.ledger.num_blocks, table, num_leaders)

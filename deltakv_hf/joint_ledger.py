@@ -118,11 +118,18 @@ class JointLedger(TokenLedger):
             raise CacheStateError(
                 f"`groups` must have one number for each of the {batch_size} rows of the first call, got {len(groups)}."
             )
-        numbers = {group: number for number, group in enumerate(sorted(set(groups or [0])))}
-        self._groups = [numbers[group] for group in groups or [0] * batch_size]
         self._requests, self.num_requests = list(range(batch_size)), batch_size
+        self._groups = self._groups_of(self._requests)
         self._nodes = [[] for _ in range(batch_size)]
         self._fed = torch.empty(batch_size, 0, 2, dtype=torch.int64)
+
+    def _groups_of(self, requests: list[int]) -> list[int]:
+        """Their groups, numbered from 0."""
+        groups = self.config.groups
+        if groups is None:
+            return [0] * len(requests)
+        numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+        return [numbers[groups[request]] for request in requests]
 
     def reset(self, stats: CacheStats | None = None) -> None:
         """See `TokenLedger.reset`."""
@@ -181,21 +188,22 @@ class JointLedger(TokenLedger):
                 (place, block) for place, row in enumerate(rows) for block in self._extend(row, group.start, group.stop)
             ]
             groups.append(replace(group, new_blocks=torch.tensor(new, dtype=torch.int64).view(-1, 2)))
-            nodes += [(rows[place], block) for place, block in new]
+            nodes += [(rows[place], block, block * self.config.block_size < group.start) for place, block in new]
         homes = self._homes(nodes) if self.config.fuses else None
         flush.groups, flush.arrangement = groups, replace(self._collect(), homes=homes)
         return flush
 
-    def _homes(self, new: list[tuple[int, int]]) -> torch.Tensor:
-        """Where the new blocks (row, number of its block) come from, `[new, columns]` (see `fusion`)."""
-        nodes = [self._nodes[row][block] for row, block in new]
+    def _homes(self, new: list[tuple[int, int, bool]]) -> torch.Tensor:
+        """Where the new blocks (row, number of its block, was cut) come from, `[new, columns]` (see `fusion`)."""
+        nodes = [self._nodes[row][block] for row, block, _ in new]
         holders = {node: set() for node in nodes}
         for row, held in enumerate(self._nodes):
             for node in holders.keys() & set(held):
                 holders[node].add(self._requests[row])
         homes, num_columns = [], self.num_home_columns
-        for (row, block), node in zip(new, nodes, strict=True):
-            home = [self._groups[row], block, self._histories[node], *[0] * (num_columns - REQUESTS)]
+        for (row, block, is_cut), node in zip(new, nodes, strict=True):
+            number = ~block if is_cut else block
+            home = [self._groups[row], number, self._histories[node], *[0] * (num_columns - REQUESTS)]
             for request in holders[node]:
                 home[REQUESTS + request // REQUEST_BITS] |= 1 << request % REQUEST_BITS
             homes.append(home)
@@ -242,7 +250,11 @@ class JointLedger(TokenLedger):
             self._slots = {node: place for place, (_, node) in enumerate(staying)}
             self._tree = {key: node for key, node in self._tree.items() if node in used}
             self._histories = {node: number for node, number in self._histories.items() if node in used}
-        return Arrangement(kept, self.block_table(), torch.tensor(self._groups, dtype=torch.int64))
+        return Arrangement(kept, self.block_table(), self.row_groups())
+
+    def row_groups(self) -> torch.Tensor:
+        """`[batch]` int64."""
+        return torch.tensor(self._groups, dtype=torch.int64)
 
     def block_table(self) -> torch.Tensor:
         """Slot of each block of each row, `[batch, most blocks of a row]` int64; 0 behind a row's last."""
@@ -297,6 +309,14 @@ class JointLedger(TokenLedger):
         fits = all(list(part.shape) == shape for part, shape in zip(held.values(), shapes, strict=True))
         if not fits or any(part.dtype != torch.int64 for part in held.values()):
             raise _damaged()
+        groups, is_known = self.config.groups, all(0 <= request < self.num_requests for request in self._requests)
+        is_known = is_known and (groups is None or not rows[0] or len(groups) == self.num_requests)
+        if not is_known or self._groups != self._groups_of(self._requests):
+            raise CacheStateError(
+                f"the rows of the saved cache must be of the {self.num_requests} requests of its first call and of "
+                f"their groups, got requests {self._requests} in groups {self._groups}: it was written by another "
+                "version. Save the cache again."
+            )
         self._num_unknown = max(0, -int(self._fed[..., 0].min())) if self._fed.numel() else 0
         for row, count in enumerate(self.compressed):
             self._extend(row, 0, count // size * size, table[row].tolist())

@@ -163,8 +163,12 @@ class StateReader:
         if isinstance(store, FusedStore):
             fusion = dispatch.Fusion(store.leader, store.scale, store.mean[store.row_groups])
         if self.form is not None:
-            view, tables = self.layout.view(self.device), (self.tables.cos, self.tables.sin)
-            positions = None if view is None else view.columns[:, :count].int().contiguous()
+            view, tables, positions = self.layout.view(self.device), (self.tables.cos, self.tables.sin), None
+            span = slice(self.num_sink_tokens, self.num_sink_tokens + count)
+            if view is None:
+                tables = [table[:, span] for table in tables]
+            else:
+                positions = view.columns[:, span].int().contiguous()
             rotation = dispatch.Rotation(*tables, self.form.is_interleaved, positions)
         seen = dispatch.attend_blocks(
             *(rows, store.blocks, store.block_table, count, self.state.tail_values.shape[3], fusion, rotation, bias),

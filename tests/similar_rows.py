@@ -8,7 +8,7 @@ position.
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 
 import torch
 from helpers import NUM_LAYERS, rope_tables
@@ -22,7 +22,7 @@ KEY_WIDTH = HEADS * KEY_DIM
 TURNED = 2
 
 
-@lru_cache(maxsize=None)
+@cache
 def token_states(token: int, held: bytes, noise: float) -> torch.Tensor:
     """`[layers, heads, key_dim + value_dim]`, keys before they are turned."""
     numbers = torch.randn(NUM_LAYERS, HEADS, KEY_DIM + VALUE_DIM, generator=torch.Generator().manual_seed(token))

@@ -67,6 +67,7 @@ class FusingCoder(BlockCoder):
         scope: which blocks may share, one of `fusion.SCOPES`.
         max_relative_error, target_ratio: see `JointEncodingConfig`.
         num_groups: of rows.
+        num_columns: of a home.
     """
 
     def __init__(
@@ -80,27 +81,26 @@ class FusingCoder(BlockCoder):
         max_relative_error: float,
         target_ratio: float | None,
         num_groups: int,
+        num_columns: int = REQUESTS + 1,
     ):
         super().__init__(block_size, width, dtype)
         self.key_width, self.layer_idx, self.scope = key_width, layer_idx, scope
         self.max_relative_error, self.target_ratio = max_relative_error, target_ratio
-        self.num_groups = num_groups
+        self.num_groups, self.num_columns = num_groups, num_columns
 
     def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> FusedStore:
         """A store of rows of `num_tokens` tokens that have nothing in common."""
         held = super().empty(batch_size, device, num_tokens)
         row_groups = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return self._of(held, held.blocks.shape[0], row_groups, REQUESTS + 1)
+        return self._of(held, held.blocks.shape[0], row_groups)
 
-    def of_blocks(
-        self, num_blocks: int, block_table: torch.Tensor, num_leaders: int = 0, num_columns: int = 0
-    ) -> FusedStore:
-        """A store without data, on the meta device; `num_columns` are those of a home."""
+    def of_blocks(self, num_blocks: int, block_table: torch.Tensor, num_leaders: int = 0) -> FusedStore:
+        """A store without data, on the meta device."""
         held = super().of_blocks(num_leaders, block_table)
         row_groups = torch.zeros(len(block_table), dtype=torch.int64, device="meta")
-        return self._of(held, num_blocks, row_groups, num_columns)
+        return self._of(held, num_blocks, row_groups)
 
-    def _of(self, held: BlockStore, num_slots: int, row_groups: torch.Tensor, num_columns: int) -> FusedStore:
+    def _of(self, held: BlockStore, num_slots: int, row_groups: torch.Tensor) -> FusedStore:
         device, num_leaders = held.blocks.device, held.blocks.shape[0]
         return FusedStore(
             held.blocks,
@@ -108,7 +108,7 @@ class FusingCoder(BlockCoder):
             row_groups,
             torch.arange(num_slots, dtype=torch.int32, device=device),
             torch.ones(num_slots, 2, device=device),
-            torch.zeros(num_leaders, num_columns, dtype=torch.int64, device=device),
+            torch.zeros(num_leaders, self.num_columns, dtype=torch.int64, device=device),
             torch.zeros(self.num_groups, self.width, device=device),
             torch.full((self.num_groups,), torch.nan, dtype=torch.float64, device=device),
         )

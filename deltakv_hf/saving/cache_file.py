@@ -76,7 +76,7 @@ def load(cls, path: str | os.PathLike, model, input_ids, make, compressor):
             )
         prompt.check_begins(input_ids)
     _check_model(content["config"], content["weights"], model)
-    _check_compressor(content["compressor"], compressor)
+    _check_compressor(cls.compressor_argument, content["compressor"], compressor)
     cache = make(content["options"])
     cache.saved_prompt = prompt
     devices = layer_devices(cache, content["layers"])
@@ -130,12 +130,12 @@ def _check_model(config: dict, weights: dict | None, model) -> None:
         check_weights_equal(weights, describe_weights(root))
 
 
-def _check_compressor(saved: str | None, compressor) -> None:
+def _check_compressor(argument: str, saved: str | None, compressor) -> None:
     given = compressor and compressor.fingerprint
     if saved != given:
         names = [f"the compressor {name[:12]}..." if name else "no compressor" for name in (saved, given)]
         raise CacheStateError(
-            f"`compressor` must be the one of the saved cache, which used {names[0]}, got {names[1]}. Load the cache "
+            f"`{argument}` must be the one of the saved cache, which used {names[0]}, got {names[1]}. Load the cache "
             "with the compressor that it was saved with."
         )
 
