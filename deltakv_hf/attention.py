@@ -13,6 +13,7 @@ from torch import nn
 
 from .hf_compat import AttentionInterface, AttentionMaskInterface, sdpa_attention_forward, sdpa_mask
 from .lazy import attend_pair
+from .static_layer import StaticStates
 
 NAME = "deltakv"
 
@@ -39,6 +40,8 @@ def deltakv_attention(
     Returns:
         `[batch, q, num_attention_heads, head_dim]`, and weights where the eager attention gives them.
     """
+    if isinstance(key, StaticStates):
+        return key.layer.attend_step(query, attention_mask, scaling, kwargs), None
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask = _additive(attention_mask, query, key, module)

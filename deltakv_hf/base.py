@@ -61,8 +61,12 @@ class CompressedCache(Cache):
             self._check_whole()
         self._ledger.note_mask(attention_mask, outermost, module)
 
+    def _catch_up(self) -> None:
+        """Counts what has run since, of a cache whose steps run by themselves."""
+
     def _check_whole(self) -> None:
         """Raises unless every layer has been through the same forwards."""
+        self._catch_up()
         self._ledger.check_whole()
         if self._ledger.num_layers == 0:
             return
@@ -116,6 +120,7 @@ class CompressedCache(Cache):
             )
         ledger = self._ledger
         ledger.check_untorn()
+        self._catch_up()
         keep = max(0, self.get_seq_length() + number)
         broken = ledger.step
         if broken is not None and keep > broken.past:
@@ -221,6 +226,7 @@ class CompressedCache(Cache):
     # -- copies --------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict) -> CompressedCache:
+        self._catch_up()
         new = memo[id(self)] = type(self).__new__(type(self))
         if self.offloading:
             memo[id(self.prefetch_stream)] = self.prefetch_stream
@@ -241,4 +247,5 @@ class CompressedCache(Cache):
 
     def stats(self) -> CacheStats:
         """What the cache has done so far."""
+        self._catch_up()
         return replace(self._ledger.stats, selection=selection_stats([layer.selector for layer in self.own_layers]))

@@ -12,12 +12,15 @@ from .compressor.kv_compressor import KVCompressor
 from .config import FREE, DeltaKVConfig
 from .layer import DeltaKVLayer
 from .ledger import TokenLedger
-from .model_cache import ModelCache, checked_compressor
+from .model_cache import checked_compressor
 from .rope import RopeForm
 from .selection import SelectionPlan
+from .static_cache import StaticModelCache
+from .static_layer import StaticLayer
+from .static_run import check_max_cache_len, static_sizes
 
 
-class DeltaKVCache(ModelCache):
+class DeltaKVCache(StaticModelCache):
     """Drop-in KV cache for `model.generate(past_key_values=...)` (DeltaKV, arXiv 2602.08005).
 
     Full-attention layers keep the first tokens and a recent window as they are and everything between as packed
@@ -31,6 +34,9 @@ class DeltaKVCache(ModelCache):
         offloading: keep what is stored in CPU memory and fetch each layer while the one before it runs (needs an
             accelerator).
         offload_only_non_sliding: with `offloading`, leave sliding-window layers on the device.
+        max_cache_len: columns that there is room for. With it, and `model.set_attn_implementation("deltakv")`, all
+            memory is taken at the prompt and `generate` compiles its steps on a GPU; beyond it, it raises. None: the
+            cache grows.
         **options: fields of `DeltaKVConfig`.
 
     Raises:
@@ -53,21 +59,30 @@ class DeltaKVCache(ModelCache):
         compressor: KVCompressor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        max_cache_len: int | None = None,
         **options,
     ):
         self.compressor = checked_compressor("compressor", compressor, model)
         self.options = DeltaKVConfig.from_options(options, compressor)
+        self._max_cache_len = max_cache_len
+        if max_cache_len is not None:
+            check_max_cache_len(max_cache_len, self.options, offloading)
         super().__init__(model, TokenLedger(self.options), offloading, offload_only_non_sliding)
+        if max_cache_len is not None:
+            self._fix_size(max_cache_len)
 
     def _make_layers(self, forms: dict[int, RopeForm | None]) -> dict[int, DeltaKVLayer]:
         plan, layers = SelectionPlan(self.options, self.compressor, self.model_config, list(forms)), {}
+        sizes = None
+        if self._max_cache_len is not None:
+            sizes = static_sizes(self.options, self._max_cache_len, _strides(self.options, self.compressor))
         for layer_idx, form in forms.items():
             make_compressor = partial(_make_layer_compressor, self.options, self.compressor, layer_idx)
             if layer_idx in plan.filter_layers:
                 # keys as the model rotated them, so that attention reads them as they are
                 form, make_compressor = None, _make_int4_compressor
-            held = layer_idx, self._ledger, make_compressor, form, self._registry
-            layers[layer_idx] = DeltaKVLayer(*held, plan.selector(layer_idx))
+            held = layer_idx, self._ledger, make_compressor, form, self._registry, plan.selector(layer_idx)
+            layers[layer_idx] = DeltaKVLayer(*held) if sizes is None else StaticLayer(*held, sizes=sizes)
         return layers
 
     @classmethod
@@ -139,6 +154,11 @@ class DeltaKVCache(ModelCache):
             return cls(model, compressor=compressor, **placing, **free)
 
         return cls._load(path, model, input_ids, make, compressor)
+
+
+def _strides(options: DeltaKVConfig, compressor: KVCompressor | None) -> set[int]:
+    layers = [] if compressor is None else [layer for layer in compressor.config["layers"] if layer is not None]
+    return {layer.get("reference_stride", options.reference_stride) for layer in layers} or {options.reference_stride}
 
 
 # not a method: a layer must not hold the cache

@@ -30,6 +30,7 @@ class Kind:
         coded: how their bytes stand for components.
         references: what is added to these.
         offsets: `[n]` int64, which compressed tokens they are; None: all, in order.
+        lengths: `[batch]` int32, how many of the n each row has; None: all.
     """
 
     is_reference: bool
@@ -37,6 +38,7 @@ class Kind:
     coded: TokenVectors
     references: dispatch.References | None
     offsets: torch.Tensor | None
+    lengths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,21 @@ class CodeReader:
         if lattice.is_everywhere:
             yield Kind(True, reference_codes, reference, None, None)
             return
-        span = lattice.span(0, count, self.device)
-        yield Kind(True, reference_codes, reference, None, span.reference_offsets)
+        reference_offsets, residual_offsets = self._offsets()
+        yield Kind(True, reference_codes, reference, None, reference_offsets)
         if count > num_references:
             codes = store.residual_codes[:, : count - num_references]
             references = dispatch.References(reference_codes, store.reference_idx[..., 0], *residual.added)
-            yield Kind(False, codes, residual, references, span.residual_offsets)
+            yield Kind(False, codes, residual, references, residual_offsets)
+
+    def _offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which compressed tokens are references, and which are not."""
+        span = self.compressor.lattice.span(0, self.layout.compressed, self.device)
+        return span.reference_offsets, span.residual_offsets
 
     def _attend_kind(self, kind: Kind, query, mask, before, slots, dtype) -> dispatch.Attended:
-        lengths = None
         if slots is None:
-            tokens, numbers = kind.offsets, None
+            tokens, numbers, lengths = kind.offsets, None, kind.lengths
         else:
             tokens, numbers, lengths = self._listed(kind, slots)
         return dispatch.reconstruct_and_attend(
@@ -123,6 +129,7 @@ class CodeReader:
         key_map, _ = self._maps(kind.coded, *query.shape[1::2])
         return dispatch.score_leading(
             *(query, kind.codes, kind.coded.vectors, key_map, kind.references, self._rotation(kind.offsets)),
+            lengths=kind.lengths,
             scale=self.scale,
             backend=self.backend,
         )
@@ -140,10 +147,13 @@ class CodeReader:
 
     def _listed(self, kind: Kind, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Those of `slots` that are of a kind first: which tokens they are, their numbers, and how many they are."""
-        stride = self.compressor.lattice.stride
         if kind.offsets is None:
             return slots, slots, None
-        is_kind = (slots % stride == 0) == kind.is_reference
+        return self._sorted_out(kind, slots)
+
+    def _sorted_out(self, kind: Kind, slots: torch.Tensor, are_tokens: torch.Tensor | bool = True):
+        stride = self.compressor.lattice.stride
+        is_kind = ((slots % stride == 0) == kind.is_reference) & are_tokens
         tokens = slots.gather(1, (~is_kind).byte().argsort(dim=1, stable=True))
         numbers = tokens // stride if kind.is_reference else tokens - tokens // stride - 1
         # behind the length stand the others, which are not read

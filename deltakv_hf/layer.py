@@ -325,5 +325,9 @@ class DeltaKVLayer(CacheLayerMixin):
         if self.selector is not None:
             self.selector.reset()
 
+    def spare(self) -> list[torch.Tensor]:
+        """Room that is held while nothing is stored."""
+        return []
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layer_idx={self.layer_idx}, columns={self.columns})"

@@ -271,6 +271,13 @@ class TokenLedger:
         self.seen = [n + new for n in self.seen] if self.row_columns is None else [len(c) for c in self.row_columns]
         self._settled = self.columns
 
+    def take_steps(self, num_steps: int) -> None:
+        """Counts forwards of one token without padding that ran by themselves."""
+        self.settle()
+        self.columns += num_steps
+        self.settle()
+        self.stats = self.stats.plus(forwards=num_steps)
+
     def _count_masked(self, mask: torch.Tensor) -> None:
         fresh, old = mask[:, self._settled :], mask[:, : self._settled]
         if self.row_columns is None:

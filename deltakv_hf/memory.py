@@ -133,9 +133,10 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
             dense += size
         elif layer.state is not None:
             state, store = layer.state, layer.state.store
-            parts["sinks"] += held_bytes([state.sink_keys, state.sink_values])
             raw = [state.tail_keys, state.tail_values, state.pending_keys, state.pending_values]
             parts["recent window"] += held_bytes(raw)
+            # in a layer of fixed size they stand in the room of the window
+            parts["sinks"] += held_bytes([state.sink_keys, state.sink_values, *raw]) - held_bytes(raw)
             for name, part in vars(store).items():
                 parts[STORE_PARTS[name]] += held_bytes([part])
             used += layer.compressor.tensors()
@@ -144,6 +145,8 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
                 dense += ledger.batch_size * layer.columns * token_bytes
                 compressed_dense += sum(ledger.compressed) * token_bytes
             compressed = sum(ledger.compressed)
+        else:
+            parts["recent window"] += held_bytes(layer.spare())
     parts["RoPE tables"] = held_bytes(
         table for tables in registry.tables for table in (tables.cos, tables.sin) if table is not None
     )

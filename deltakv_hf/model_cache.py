@@ -150,10 +150,15 @@ class ModelCache(CompressedCache):
 
     def memory_report(self) -> MemoryReport:
         """Bytes held, by part, beside those of a `DynamicCache`; prints as a table."""
+        self._catch_up()
+        return report(self.layers, self._ledger, self._registry, self._extra())
+
+    def _extra(self) -> list[torch.Tensor]:
+        """What is held beside layers, ledger and RoPE tables."""
         extra = self._bare_rope.tensors() if self._bare_rope is not None else []
         if self.saved_prompt is not None:
             extra += [self.saved_prompt.input_ids, self.saved_prompt.attention_mask]
-        return report(self.layers, self._ledger, self._registry, extra)
+        return extra
 
     def dequantize(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys (rotated) and values of a layer, `[batch, num_key_value_heads, columns, head_dim]`.

@@ -97,11 +97,48 @@ class RopeTables:
         self.by_content = False
         self.cos: torch.Tensor | None = None
         self.sin: torch.Tensor | None = None
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last = None
 
     @property
     def columns(self) -> int:
         return 0 if self.cos is None else self.cos.shape[1]
+
+    def reserve(self, columns: int, num_rows: int, room: tuple[torch.Tensor, torch.Tensor] | None):
+        """Moves the tables into room for `columns` columns of `num_rows` rows, at an address that stays.
+
+        Args:
+            room: to be used if it is of the right form, `[num_rows, columns, n/2]` each.
+
+        Returns:
+            the room.
+        """
+        shape, held = (num_rows, columns, self.cos.shape[2]), self.columns
+        like = self.cos.dtype, self.cos.device
+        if room is None or room[0].shape != shape or (room[0].dtype, room[0].device) != like:
+            room = tuple(table.new_zeros(shape) for table in (self.cos, self.sin))
+        for place, table in zip(room, (self.cos, self.sin), strict=True):
+            torch._dynamo.mark_static_address(place, guard=False)
+            if table.data_ptr() != place.data_ptr():
+                place[:, :held] = table
+        self.room = room
+        self.take(held)
+        return room
+
+    def take(self, columns: int) -> None:
+        """Holds the first `columns` columns of the room."""
+        self.cos, self.sin = (place[:, :columns] for place in self.room)
+
+    def write(self, column: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Into the room, the tables `[1 or batch, 1, width]` of one column, `[1]` int64."""
+        for place, table in zip(self.room, (cos, sin), strict=True):
+            place.index_copy_(1, column, self.form.angles(table).expand(place.shape[0], -1, -1))
+
+    def whole(self) -> RopeTables:
+        """Tables of all columns that there is room for."""
+        tables = RopeTables(self.form)
+        tables.cos, tables.sin = self.room
+        return tables
 
     def is_last(self, cos: torch.Tensor) -> bool:
         """Whether `cos` is the very tensor that was added last (layers of one type are handed one tensor)."""

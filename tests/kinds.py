@@ -24,12 +24,14 @@ class Kind:
             after the prompt of a test, and is compared with itself in other modes.
         shares: whether a row reads what the model made of another one, which a batched product may have rounded
             otherwise.
+        max_length: columns that there is room for; -1: any number.
     """
 
     name: str
     make: Callable[[PreTrainedModel], Cache]
     lossless: bool
     shares: bool = False
+    max_length: int = -1
 
     def check_same(self, got: torch.Tensor, expected: torch.Tensor) -> None:
         """Raises unless a lossless cache says what is expected: ids, or logits."""
@@ -42,6 +44,9 @@ class Kind:
         """Raises unless the cache compresses."""
         report = cache.memory_report()
         assert report.compressed_tokens > 0, "nothing was compressed"
+        if self.max_length > 0:
+            # its room is held whether it is used or not
+            return
         # beside tokens of a few numbers what was fed takes more than in any real model
         stored = report.compressed_share if isinstance(cache, JointEncodedCache) else report.ratio
         assert stored < 1, f"stored {stored:.0%}"
@@ -55,6 +60,12 @@ KINDS = [
     ),
     Kind("compressed", lambda model: DeltaKVCache(model, **TIGHT), lossless=False),
     Kind("calibrated", lambda model: DeltaKVCache(model, compressor=compressor_of(model), **TIGHT_WINDOW), False),
+    Kind(
+        "static",
+        lambda model: DeltaKVCache(model, compressor=compressor_of(model), max_cache_len=256, **TIGHT_WINDOW),
+        lossless=False,
+        max_length=256,
+    ),
     Kind(
         "learned",
         lambda model: DeltaKVCache(model, compressor=compressor_of(model, learned_compressor), **TIGHT_WINDOW),

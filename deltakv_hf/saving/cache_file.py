@@ -20,7 +20,15 @@ from .archive import read_archive, write_archive
 from .encoding import encode
 from .fingerprint import check_config_equal, check_weights_equal, describe_config, describe_weights
 from .prompt import SavedPrompt, make_prompt
-from .restoring import Saved, layer_devices, restore_host_layer, restore_ledger, restore_own_layer, restore_tables
+from .restoring import (
+    Saved,
+    class_of,
+    layer_devices,
+    restore_host_layer,
+    restore_ledger,
+    restore_own_layer,
+    restore_tables,
+)
 
 
 def save(cache, path: str | os.PathLike, input_ids=None, attention_mask=None) -> None:
@@ -142,7 +150,7 @@ def _check_compressor(argument: str, saved: str | None, compressor) -> None:
 
 def _describe_layer(cache, layer_idx: int, tensors: dict[str, torch.Tensor]) -> dict:
     layer, name = cache.layers[layer_idx], f"layers.{layer_idx}"
-    record = {"class": type(layer).__name__, "device": str(getattr(layer, "device", None) or "cpu")}
+    record = {"class": class_of(layer), "device": str(getattr(layer, "device", None) or "cpu")}
     if not isinstance(layer, DeltaKVLayer):
         return record | {"attributes": encode(dict(vars(layer)), name, tensors)}
     tables = [i for i, tables in enumerate(cache._registry.tables) if tables is layer.tables]

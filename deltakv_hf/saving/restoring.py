@@ -115,8 +115,8 @@ def restore_own_layer(cache, layer_idx: int, saved: Saved, device: torch.device,
     """State and tables of a layer that compresses."""
     layer, ledger, record = cache.layers[layer_idx], cache._ledger, saved.content["layers"][layer_idx]
     name = f"layers.{layer_idx}"
-    if record["class"] != type(layer).__name__:
-        raise _wrong(name, f"a {type(layer).__name__}", record["class"])
+    if record["class"] != class_of(layer):
+        raise _wrong(name, f"a {class_of(layer)}", record["class"])
     if record["state"] is None:
         return
     # made as if by a first token, which also says what the state must look like
@@ -131,6 +131,11 @@ def restore_own_layer(cache, layer_idx: int, saved: Saved, device: torch.device,
     if cache.offloading:
         layer.offload()
     _give_tables(layer, record["tables"], tables, device, name)
+
+
+def class_of(layer) -> str:
+    """What a layer is called in a file: one of fixed size holds what a growing one does."""
+    return getattr(layer, "saved_as", type(layer).__name__)
 
 
 def _example(saved: Saved, name: str) -> torch.Tensor:

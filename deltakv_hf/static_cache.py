@@ -1,0 +1,112 @@
+"""What a cache does that may be of fixed size: it answers the model for the steps that a compiler or a graph has."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .errors import InvalidOptionError
+from .model_cache import ModelCache
+from .static_layer import StaticLayer
+from .static_run import StaticRun
+
+# the attention that reads a layer of fixed size
+ATTENTION = "deltakv"
+
+
+class StaticModelCache(ModelCache):
+    """A `ModelCache` that is of fixed size if `_static` is set."""
+
+    _static: StaticRun | None = None
+
+    def _fix_size(self, max_cache_len: int) -> None:
+        """Called once, when the layers are there."""
+        if self._bare_rope is not None:
+            raise InvalidOptionError(
+                f"`max_cache_len` must be None with a bare config, got {max_cache_len}: only a model's steps are compiled."
+            )
+        layers = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
+        if not layers:
+            # all are the host's
+            return
+        self._static = StaticRun(max_cache_len, self._ledger, self._registry, layers)
+
+    @property
+    def _attends(self) -> bool:
+        """Whether the model's attention reads layers of fixed size; with any other they serve as growing ones."""
+        return self._static is not None and self.model_config._attn_implementation == ATTENTION
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model's steps."""
+        return self._attends and super().is_compileable
+
+    def _is_static(self, layer_idx: int) -> bool:
+        return layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticLayer)
+
+    def _catch_up(self) -> None:
+        if self._static is not None:
+            self._static.catch_up()
+
+    # -- what the hooks and the model tell ------------------------------------------------------------------------
+
+    def note_forward(self, module: nn.Module, attention_mask: object, *args, **kwargs) -> None:
+        """See `ModelCache.note_forward`; in what is compiled nothing is noted."""
+        if self._static is None:
+            super().note_forward(module, attention_mask, *args, **kwargs)
+        elif not torch.compiler.is_compiling():
+            mask = _mask_of_columns(attention_mask) if self._attends else attention_mask
+            super().note_forward(module, mask, *args, **kwargs)
+            if self._attends:
+                self._static.prepare()
+
+    def note_attention(self, module: nn.Module, tables: object) -> None:
+        """See `ModelCache.note_attention`."""
+        if self._static is None or not torch.compiler.is_compiling():
+            super().note_attention(module, tables)
+            return
+        layer = self.layers[module.layer_idx]
+        if isinstance(layer, StaticLayer):
+            layer.receive_tables(*(tables if layer.form is not None else ()))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """See `ModelCache.update`; a step of one token is written where it stands."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, StaticLayer):
+            if key_states.shape[2] == 1 and self._attends and self._static.is_ready:
+                return layer.step(key_states, value_states)
+            if not torch.compiler.is_compiling() and self._ledger.step is None:
+                self._static.check_length(key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    # -- what `generate` and the model ask ------------------------------------------------------------------------
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next forward's mask must cover: of a step, the newest column."""
+        if query_length == 1 and self._attends and self._is_static(layer_idx):
+            if torch.compiler.is_compiling():
+                return 1, 0
+            if self._static.prepare():
+                return 1, self._ledger.columns
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        """Columns seen; a tensor in what is compiled."""
+        if self._is_static(layer_idx):
+            if torch.compiler.is_compiling() and self._static.is_ready:
+                return self._static.plan.columns[0]
+            self._catch_up()
+        return super().get_seq_length(layer_idx)
+
+    def _extra(self) -> list[torch.Tensor]:
+        return super()._extra() + ([] if self._static is None else self._static.tensors())
+
+
+def _mask_of_columns(mask: object) -> object:
+    """A host's 4-D mask, which `generate` makes for a cache that may be compiled, as one of columns."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        # the newest query sees all that is no padding
+        return mask[:, 0, -1]
+    return mask

@@ -1,0 +1,158 @@
+"""Runs the decode steps of a cache of fixed size: what is decided before each, outside of what is compiled.
+
+A step changes tensors only. How many have run is read from the device when somebody asks, and the counts of ledger and
+layers follow; tokens that have left the window are compressed, as before any forward of a growing cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .config import DeltaKVConfig, check_integer
+from .errors import CacheStateError, InvalidOptionError
+from .ledger import TokenLedger
+from .rope import RopeRegistry
+from .static_layer import StaticLayer
+from .static_plan import StaticPlan
+
+
+class StaticRun:
+    """The fixed-size part of a cache.
+
+    Args:
+        max_cache_len: columns that it has room for.
+        ledger, registry: of the cache.
+        layers: those of fixed size.
+    """
+
+    def __init__(self, max_cache_len: int, ledger: TokenLedger, registry: RopeRegistry, layers: list[StaticLayer]):
+        self.max_cache_len, self.ledger, self.registry, self.layers = max_cache_len, ledger, registry, layers
+        self.plan: StaticPlan | None = None
+        self.rooms: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is held beside the layers."""
+        rooms = [table for room in self.rooms if room is not None for table in room]
+        return rooms + ([] if self.plan is None else self.plan.tensors())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step may run."""
+        return self.plan is not None and self.plan.is_ready
+
+    def check_length(self, query_length: int) -> None:
+        """Raises if so many more columns do not fit."""
+        columns = self.ledger.columns + query_length
+        if columns > self.max_cache_len:
+            raise CacheStateError(
+                f"`max_cache_len` must be at least {columns} for {query_length} more tokens behind "
+                f"{self.ledger.columns}, got {self.max_cache_len}: make a larger cache."
+            )
+
+    def catch_up(self) -> None:
+        """Counts the steps that have run."""
+        if not self.is_ready:
+            return
+        columns, num_padding = self.plan.counts.tolist()
+        if num_padding:
+            raise CacheStateError(
+                "`attention_mask` must be 1 at the token of a step with `max_cache_len`, got padding: what a step adds "
+                "counts as real. Call `cache.reset()`."
+            )
+        num_steps = columns - self.ledger.columns
+        if num_steps == 0:
+            return
+        self.ledger.take_steps(num_steps)
+        for layer in self.layers:
+            layer.advance(num_steps)
+        for tables in self.registry.tables:
+            tables.take(self.ledger.columns)
+
+    def prepare(self) -> bool:
+        """Makes everything ready for a step of one token; False if the cache holds nothing, or a forward is running."""
+        ledger = self.ledger
+        if ledger.columns == 0 or ledger.step is not None or ledger.torn is not None:
+            return False
+        self.catch_up()
+        ledger.settle()
+        self.check_length(1)
+        flush = ledger.make_flush()
+        if flush is not None:
+            with ledger.changing("flush"):
+                for layer in self.layers:
+                    layer.flush(flush)
+        if not self.is_ready:
+            self._write()
+        return True
+
+    def _write(self) -> None:
+        first = self.layers[0]
+        form = self.ledger.batch_size, first.num_raw, first.device
+        if self.plan is None or (self.plan.batch_size, self.plan.num_raw, self.plan.device) != form:
+            self._make_plan()
+        columns = max(self.max_cache_len, self.plan.capacity + self.plan.num_sink_tokens)
+        self.rooms += [None] * (len(self.registry.tables) - len(self.rooms))
+        for number, tables in enumerate(self.registry.tables):
+            self.rooms[number] = tables.reserve(columns, self.plan.batch_size, self.rooms[number])
+        written = set()
+        for layer in self.layers:
+            layer.writes_tables = layer.tables is not None and id(layer.tables) not in written
+            written.add(id(layer.tables))
+            layer.is_first, layer.is_last = layer is first, layer is self.layers[-1]
+            if layer.reader is None or layer.plan is not self.plan:
+                layer.equip(self.plan)
+        self._assign_choices()
+        self.plan.write(self.ledger, first.num_sinks)
+        self.plan.is_ready = True
+
+    def _make_plan(self) -> None:
+        devices = {layer.device for layer in self.layers}
+        if len(devices) > 1:
+            raise InvalidOptionError(
+                f"`max_cache_len` must be left out for a model on several devices, got {sorted(map(str, devices))}."
+            )
+        first, num_sinks = self.layers[0], self.ledger.config.num_sink_tokens
+        strides = {layer.compressor.lattice.stride for layer in self.layers}
+        self.plan = StaticPlan(self.ledger.batch_size, first.capacity, first.num_raw, num_sinks, strides, devices.pop())
+
+    def _assign_choices(self) -> None:
+        """Which layers choose tokens, and which read what another has chosen."""
+        chooser = None
+        for layer in self.layers:
+            layer.chooses = layer.is_told = False
+            selector = layer.selector
+            if selector is None or selector.budget(self.plan.capacity) >= self.plan.capacity:
+                continue
+            if selector.first == layer.layer_idx:
+                chooser = None
+            if selector.options.selection != "filter_layers" and not layer.can_choose(selector):
+                continue
+            if chooser is not None:
+                layer.is_told = True
+            elif layer.can_choose(selector):
+                layer.chooses, chooser = True, layer
+
+
+def check_max_cache_len(max_cache_len: object, config: DeltaKVConfig, offloading: bool) -> None:
+    """Raises unless a cache with these options can be of this size."""
+    check_integer("max_cache_len", max_cache_len, low=1)
+    refused = {
+        "reference_growth": config.reference_growth,
+        "sample_every": config.sample_every,
+        "offloading": offloading,
+    }
+    for name, value in refused.items():
+        if value:
+            raise InvalidOptionError(f"`{name}` must be {type(value)(0)} with `max_cache_len`, got {value!r}.")
+
+
+def static_sizes(config: DeltaKVConfig, max_cache_len: int, strides: set[int]) -> tuple[int, int, int]:
+    """Columns, compressed and raw tokens of a row that a cache of `max_cache_len` columns has room for."""
+    block, behind = config.block_size, max_cache_len - config.num_sink_tokens - config.recent_window
+    # four-bit tokens stand in blocks of 32
+    whole = math.lcm(32, *strides)
+    capacity = max(whole, -(-behind // whole) * whole)
+    # sinks may stand in the tail; a short call may come on top of tokens that wait for a flush
+    return max_cache_len, capacity, 2 * config.num_sink_tokens + config.recent_window + 4 * block
