@@ -129,6 +129,7 @@ class DeltaKVCache(StaticModelCache):
         compressor: KVCompressor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        max_cache_len: int | None = None,
     ) -> DeltaKVCache:
         """The cache that `save` wrote, for the same model; its options are the saved ones.
 
@@ -137,7 +138,8 @@ class DeltaKVCache(StaticModelCache):
             model: the model (or bare config) of the saved cache, in this process.
             input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
             compressor: the one that the saved cache used, if it used one; it is not in the file.
-            offloading, offload_only_non_sliding: as for `DeltaKVCache`.
+            offloading, offload_only_non_sliding, max_cache_len: as for `DeltaKVCache`; the saved cache may have been of
+                another size, or of none.
 
         Returns:
             A cache in memory of its own, on the devices where the layers of `model` run. Its `saved_prompt` is the
@@ -151,7 +153,7 @@ class DeltaKVCache(StaticModelCache):
         def make(options: dict) -> DeltaKVCache:
             free = options if compressor is None else {name: options[name] for name in FREE}
             placing = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
-            return cls(model, compressor=compressor, **placing, **free)
+            return cls(model, compressor=compressor, max_cache_len=max_cache_len, **placing, **free)
 
         return cls._load(path, model, input_ids, make, compressor)
 

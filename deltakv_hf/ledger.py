@@ -278,6 +278,15 @@ class TokenLedger:
         self.settle()
         self.stats = self.stats.plus(forwards=num_steps)
 
+    def pretend(self, num_tokens: int) -> None:
+        """Counts so many more compressed tokens of every row, none of which came."""
+        self.columns, self.merged, self._settled = (
+            count + num_tokens for count in (self.columns, self.merged, self._settled)
+        )
+        self.seen = [count + num_tokens for count in self.seen]
+        self.compressed = [count + num_tokens for count in self.compressed]
+        self._relayout()
+
     def _count_masked(self, mask: torch.Tensor) -> None:
         fresh, old = mask[:, self._settled :], mask[:, : self._settled]
         if self.row_columns is None:

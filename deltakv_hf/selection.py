@@ -74,6 +74,14 @@ class Selector:
         """How many of so many compressed tokens are read."""
         return self.keep if isinstance(self.keep, int) else math.ceil(self.keep * compressed)
 
+    def count(self, num_steps: int, batch_size: int, compressed: int) -> None:
+        """Counts steps that ran by themselves."""
+        budget = self.budget(compressed)
+        if budget < compressed:
+            self.steps += num_steps
+            self.tokens_read += num_steps * batch_size * budget
+            self.tokens_held += num_steps * batch_size * compressed
+
     def is_worth_it(self, compressed: int, code_bytes: int) -> bool:
         """Whether so many compressed tokens of so many bytes are worth a choice: scoring short ones is reading them."""
         is_long = self.options.selection == "filter_layers" or code_bytes > self.options.index_bytes

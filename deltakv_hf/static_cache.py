@@ -23,7 +23,7 @@ class StaticModelCache(ModelCache):
         """Called once, when the layers are there."""
         if self._bare_rope is not None:
             raise InvalidOptionError(
-                f"`max_cache_len` must be None with a bare config, got {max_cache_len}: only a model's steps are compiled."
+                f"`max_cache_len` must be None with a bare config, got {max_cache_len}: it has no steps to compile."
             )
         layers = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
         if not layers:

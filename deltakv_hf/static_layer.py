@@ -149,6 +149,15 @@ class StaticLayer(DeltaKVLayer):
         super().reset()
         self.reader = None
 
+    def pretend(self, num_tokens: int, columns: int) -> None:
+        """Holds `num_tokens` compressed tokens of random codes, for who measures the time of a step."""
+        widths, _, _, num_flushes = self._held
+        like = self.compressor.empty(self.raw_keys.shape[0], torch.device("meta"), num_tokens)
+        for room in vars(self.room).values():
+            # numbers of references and levels stay zero: no other are known to be in range
+            room.random_(0, 256) if room.dtype == torch.uint8 else room.zero_()
+        self._held = widths, {name: getattr(like, name).shape for name in like.names()}, columns, num_flushes
+
     def spare(self) -> list[torch.Tensor]:
         """Room that is held while nothing is stored."""
         return [] if self.room is None else [self.raw_keys, self.raw_values, *vars(self.room).values()]
@@ -158,6 +167,11 @@ class StaticLayer(DeltaKVLayer):
         return self.max_cache_len
 
     get_max_cache_shape = get_max_length
+
+    @property
+    def reads_choice(self) -> bool:
+        """Whether a step reads chosen tokens of the layer's own."""
+        return (self.chooses or self.is_told) and not isinstance(self.compressor, Int4Compressor)
 
     def can_choose(self, selector: Selector) -> bool:
         """Whether the layer's tokens tell which of them matter."""

@@ -98,7 +98,7 @@ class StaticReader:
         return codes.attend(rows, None, raw, slots), slots
 
     def _codes(self, query: torch.Tensor, scale: float) -> StaticCodeReader:
-        plan, fuses = self.plan, self._state_reader()._has_kernels(query)
+        plan, fuses = self.plan, self._state_reader()._fuses(query)
         held = (self._state, self._layout, self.compressor, self.form, self.tables, plan.num_sink_tokens)
         return StaticCodeReader(*held, plan.device, scale, None if fuses else "reference", plan)
 

@@ -65,8 +65,11 @@ class StaticRun:
         if num_steps == 0:
             return
         self.ledger.take_steps(num_steps)
+        most = max(self.ledger.compressed)
         for layer in self.layers:
             layer.advance(num_steps)
+            if layer.reads_choice:
+                layer.selector.count(num_steps, self.ledger.batch_size, most)
         for tables in self.registry.tables:
             tables.take(self.ledger.columns)
 

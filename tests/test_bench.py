@@ -5,9 +5,13 @@ import json
 import pytest
 
 pytest.importorskip("typer")
+import torch  # noqa: E402
 from commands import assert_refused, run  # noqa: E402
 
-from deltakv_hf.evaluation import kernels  # noqa: E402
+from deltakv_hf import DeltaKVCache  # noqa: E402
+from deltakv_hf.evaluation import generating, kernels  # noqa: E402
+from deltakv_hf.evaluation.pretending import pretend  # noqa: E402
+from deltakv_hf.evaluation.shapes import random_compressor, shape_model  # noqa: E402
 
 
 def test_kernels_are_timed_and_written(tmp_path, monkeypatch):
@@ -31,3 +35,55 @@ def test_what_cannot_run_is_refused(tmp_path):
     command = "bench", "kernels", "--device", "cpu"
     assert_refused(run(*command, "--backend", "cuda"), "backend", "cuda")
     assert_refused(run(*command, "--json", tmp_path / "none" / "x.json"), "--json")
+
+
+TINY = ("bench", "generate", "--shape", "tiny", "--device", "cpu", "--filter-layers", 0)
+
+
+def test_generate_is_measured_row_by_row(tmp_path, monkeypatch):
+    """What a file holds is not measured again; a row that fails does not end the others."""
+    monkeypatch.setattr(generating, "NUM_STEPS", 12)
+    file, png = tmp_path / "rows.json", tmp_path / "rows.png"
+    kinds = "dynamic,static,quantized,deltakv,deltakv coarse,deltakv filter"
+    result = run(*TINY, "--kinds", kinds, "--contexts", "300", "--batches", "1,2", "--json", file, "--png", png)
+    assert result.exit_code == 0, result.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(file.read_bytes())["rows"]
+    assert [(row["kind"], row["batch"]) for row in rows] == [(kind, n) for kind in kinds.split(",") for n in (1, 2)]
+    for row in rows:
+        if row["kind"] != "quantized":
+            assert 0 < row["step_ms"] < row["token_ms"] and row["tokens_s"] > 0
+            assert ("cache_bytes" in row) == row["kind"].startswith("deltakv")
+    before = file.read_bytes()
+    result = run(*TINY, "--kinds", "dynamic", "--contexts", "300", "--json", file)
+    assert result.exit_code == 0 and "measured before" in result.output
+    result = run(*TINY, "--kinds", "deltakv filter", "--contexts", "200", "--prefill", "--json", file)
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_bytes())["rows"][:-1] == json.loads(before)["rows"]
+    assert json.loads(file.read_bytes())["rows"][-1]["first_token_s"] > 0
+
+
+def test_a_step_of_a_filled_cache_is_that_of_a_read_one():
+    """As many tokens of as many bytes: of a cache that was filled with random codes only these are not real."""
+    model = shape_model("tiny", torch.device("cpu"), torch.float32)
+    caches = [DeltaKVCache(model, compressor=random_compressor(model), max_cache_len=512) for _ in range(2)]
+    model.set_attn_implementation("deltakv")
+    with torch.no_grad():
+        pretend(caches[0], model, 2, 400)
+        model(torch.zeros(2, 400, dtype=torch.int64), past_key_values=caches[1])
+        for cache in caches:
+            assert model(torch.zeros(2, 1, dtype=torch.int64), past_key_values=cache).logits.isfinite().all()
+    reports = [cache.memory_report() for cache in caches]
+    assert reports[0] == reports[1] and caches[0].get_seq_length() == 401
+
+
+def test_rows_that_cannot_be_are_refused(tmp_path):
+    assert_refused(run(*TINY, "--kinds", "dense"), "--kinds", "dense")
+    assert_refused(run(*TINY, "--contexts", "3k"), "--contexts", "3k")
+    assert_refused(run(*TINY, "--batches", "0"), "--batches", "0")
+    assert_refused(run("bench", "generate"), "--shape", "--model")
+    assert_refused(run("bench", "generate", "--shape", "70b"), "--shape", "70b")
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"environment": {"device": "another"}, "rows": []}))
+    assert_refused(run(*TINY, "--json", file), "--json", "rows.json")
+    assert json.loads(file.read_text())["environment"] == {"device": "another"}

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import torch
+from compressors import random_compressor
 from families import FAMILIES
 from helpers import TIGHT, prompt
-from models import VOCAB_SIZE, tiny_model
+from models import VOCAB_SIZE, new_model, tiny_model
 from modes import MODES
 
 from deltakv_hf import DeltaKVCache, KVCompressor
@@ -43,3 +44,11 @@ def test_a_tenth_of_the_memory(tmp_path, monkeypatch):
     exec(block("A tenth of the memory"), names)
     model(prompt(1, 200), past_key_values=names["cache"])
     assert names["cache"].memory_report().compressed_share < 0.06  # of float32
+
+
+def test_steps_at_the_speed_of_the_hardware():
+    model = new_model("llama", "sdpa", 0)
+    compressor, inputs = random_compressor(model), {"input_ids": prompt(1), "attention_mask": torch.ones(1, 48)}
+    names = {"model": model, "compressor": compressor, "inputs": inputs, "DeltaKVCache": DeltaKVCache}
+    exec(block("Steps at the speed of the hardware"), names)
+    assert names["cache"].is_compileable and names["out"].shape[1] > 48

@@ -8,16 +8,11 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Device, check_output, command_line
+from .arguments import Device, Dtype, check_output, command_line
 from .console import console, readable_errors
 from .pictures import as_png
 
 bench_app = typer.Typer(help="Measures what the parts of the cache cost here.", no_args_is_help=True)
-
-
-@bench_app.callback()
-def bench() -> None:
-    """Keeps `kernels` a command of its own while it is the only one."""
 
 
 @bench_app.command()
@@ -48,6 +43,66 @@ def kernels(
             write_atomically(json_file, (json.dumps(result, indent=2) + "\n").encode())
         if png is not None:
             write_atomically(png, _chart(result))
+
+
+@bench_app.command()
+def generate(
+    model: Annotated[str | None, typer.Option(help="`demo`, a model id or a folder.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: 8b or tiny.")] = None,
+    compressor: Annotated[
+        str | None, typer.Option(help="Of our caches, with --model: bundled name, folder or id. A --shape has its own.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="dynamic, static, quantized, deltakv, deltakv coarse, deltakv filter; commas between.")
+    ] = "dynamic,static,deltakv coarse",
+    contexts: Annotated[str, typer.Option(help="Tokens held by each row of a batch, commas between.")] = "8192",
+    batches: Annotated[str, typer.Option(help="Rows, commas between.")] = "1",
+    prefill: Annotated[bool, typer.Option(help="Read the prompt, and time that, instead of filling caches.")] = False,
+    filter_layers: Annotated[str | None, typer.Option(help="Of deltakv filter: their numbers.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(min=0.1, help="Use no more of the GPU.")] = None,
+    backend: Annotated[str | None, typer.Option(help="That compiles. Default: inductor, on a GPU.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every row here when it is done; rows in it are not run again.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw tokens a second here.")] = None,
+) -> None:
+    """Speed and memory of `generate` with our cache and with the host's."""
+    with readable_errors():
+        import torch
+
+        from ..compressor.kv_compressor import KVCompressor
+        from ..errors import InvalidOptionError
+        from ..evaluation.model import load_by_name, pick_device, pick_dtype
+        from ..evaluation.shapes import SHAPES, random_compressor, shape_model
+        from ..evaluation.steps import environment
+        from ..files import write_atomically
+        from . import bench_generate
+
+        for name, path in (("--json", json_file), ("--png", png)):
+            check_output(name, path)
+        rows = bench_generate.wanted_rows(kinds, contexts, batches, prefill, backend)
+        if (model is None) == (shape is None) or shape not in (None, *SHAPES):
+            raise InvalidOptionError(f"`--shape` must be {' or '.join(SHAPES)}, or `--model` be given, got {shape!r}.")
+        options = {}
+        if filter_layers is not None:
+            options["filter_layers"] = tuple(bench_generate.numbers("--filter-layers", filter_layers, low=0))
+        place = pick_device(device)
+        kind = pick_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+        if memory_gb is not None and place.type == "cuda":
+            total = torch.cuda.get_device_properties(place).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / total), place)
+        if shape is not None:
+            loaded = shape_model(shape, place, kind)
+            coder = random_compressor(loaded)
+        else:
+            loaded = load_by_name(model, kind, place)[0]
+            coder = None if compressor is None else KVCompressor.from_pretrained(compressor)
+        made = bench_generate.measure(loaded, rows, coder, options, environment(place, kind), json_file)
+        bench_generate.show(made)
+        if png is not None:
+            write_atomically(png, bench_generate.chart(made))
 
 
 def _print(result: dict) -> None:

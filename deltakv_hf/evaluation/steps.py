@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .. import DeltaKVCache, KVCompressor, __version__
 from ..files import write_atomically
@@ -94,29 +94,11 @@ def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[
     }
 
 
-def shape_model(shape: str, num_layers: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights and the layer shape of a known one (`8b`: Llama-3.1-8B)."""
-    if shape != "8b":
-        raise SystemExit(f"`--shape` must be 8b, got {shape!r}.")
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="`demo`, a model id or a folder")
-    parser.add_argument("--shape", help="random weights of this shape instead: 8b")
+    parser.add_argument("--shape", choices=["8b"], help="random weights of this shape instead: 8b")
     parser.add_argument("--layers", type=int, default=32, help="layers with --shape")
     parser.add_argument("--compressor", help="for our cache: bundled name, folder or id on the Hub")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the prompt")
@@ -126,7 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if args.shape:
-        model = shape_model(args.shape, args.layers, device, dtype)
+        from .shapes import shape_model
+
+        model = shape_model(args.shape, device, dtype, args.layers)
     else:
         from .model import load_by_name
 
