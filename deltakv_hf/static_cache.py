@@ -50,14 +50,17 @@ class StaticModelCache(ModelCache):
 
     # -- what the hooks and the model tell ------------------------------------------------------------------------
 
-    def note_forward(self, module: nn.Module, attention_mask: object, *args, **kwargs) -> None:
+    def note_forward(
+        self, module: nn.Module, attention_mask: object, input_ids: torch.Tensor | None = None, *args, **kwargs
+    ) -> None:
         """See `ModelCache.note_forward`; in what is compiled nothing is noted."""
         if self._static is None:
-            super().note_forward(module, attention_mask, *args, **kwargs)
+            super().note_forward(module, attention_mask, input_ids, *args, **kwargs)
         elif not torch.compiler.is_compiling():
             mask = _mask_of_columns(attention_mask) if self._attends else attention_mask
-            super().note_forward(module, mask, *args, **kwargs)
-            if self._attends:
+            super().note_forward(module, mask, input_ids, *args, **kwargs)
+            if self._attends and input_ids is not None and input_ids.shape[-1] == 1:
+                # a compiled forward asks nothing more
                 self._static.prepare()
 
     def note_attention(self, module: nn.Module, tables: object) -> None:

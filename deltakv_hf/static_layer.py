@@ -15,7 +15,7 @@ import torch
 from .compressor import Int4Compressor, TokenStore, TransformCompressor
 from .errors import CacheStateError, UnsupportedModelError
 from .layer import DeltaKVLayer
-from .layout import Layout
+from .layout import FlushGroup, Layout
 from .selection import Selector
 from .state import LayerState
 from .static_plan import StaticPlan, keep_address
@@ -62,6 +62,7 @@ class StaticLayer(DeltaKVLayer):
         self.max_cache_len, self.capacity, self.num_raw = sizes
         self.is_first = self.is_last = self.writes_tables = self.chooses = self.is_told = False
         self._held: tuple | None = None
+        self._anchor: torch.Tensor | None = None
         super().__init__(*args)
 
     # -- between steps: the state is views of the buffers ----------------------------------------------------------
@@ -100,7 +101,8 @@ class StaticLayer(DeltaKVLayer):
             places += zip(room[:, :, : sum(widths)].split(widths, dim=2), parts, strict=True)
         places = [(place, new) for place, new in places if not _is_there(place, new)]
         # a part that moves within the buffers may be overwritten before it is read
-        for place, new in [(place, new.clone()) for place, new in places]:
+        places = [(place, new.clone() if _storage(new) == _storage(place) else new) for place, new in places]
+        for place, new in places:
             place.copy_(new)
         self._held = widths, shapes, state.columns, state.num_flushes
 
@@ -127,12 +129,22 @@ class StaticLayer(DeltaKVLayer):
         self.plan = plan
         for tensor in (self.raw_keys, self.raw_values):
             keep_address(tensor)
-        self.reader = StaticReader(plan, self.room, self.compressor, self.form, self.tables, self.selector)
+        held = self.room, self.compressor, self.form, self.tables, self.selector
+        if self._anchor is None or self._anchor.device != plan.device:
+            self._anchor = torch.zeros(1, device=plan.device)
+        self.reader = StaticReader(plan, *held, self._anchor)
         self.reader.warm_up(self.raw_keys, self.raw_keys.shape[1])
 
     def _lazy_view(self, state: LayerState, layout: Layout):
-        # it is read later, when the flush of a long call has written over the raw part
-        return super()._lazy_view(replace(state, **{name: part.clone() for name, part in state.raw().items()}), layout)
+        # it is read later, when the flush of a long call has written over the raw part, and over a part of a block
+        kept = {name: part.clone() for name, part in state.raw().items()}
+        if isinstance(self.compressor, Int4Compressor):
+            kept["store"] = state.store.map(torch.clone)
+        return super()._lazy_view(replace(state, **kept), layout)
+
+    def _coded(self, store: TokenStore, group: FlushGroup, read) -> TokenStore:
+        # in place: a long store is not copied for a block
+        return self.compressor.append(store, group.rows, group.start, group.stop, read, self.room)
 
     def advance(self, num_steps: int) -> None:
         """Counts the tokens of steps that have run."""
@@ -228,6 +240,10 @@ class StaticLayer(DeltaKVLayer):
 
 def _corner(room: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return room[tuple(slice(size) for size in shape)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_there(place: torch.Tensor, new: torch.Tensor) -> bool:

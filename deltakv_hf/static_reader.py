@@ -33,9 +33,9 @@ class StaticReader:
         plan, store, compressor: of the layer.
         form, tables: how keys are rotated; None if they are stored as received.
         selector: chooses tokens; None: all are read.
+        anchor: `[1]`, by its address an op finds this reader.
 
     Attributes:
-        anchor: by its address an op finds this reader.
         budget: tokens of a choice.
     """
 
@@ -47,6 +47,7 @@ class StaticReader:
         form: RopeForm | None,
         tables: RopeTables | None,
         selector: Selector | None,
+        anchor: torch.Tensor,
     ):
         self.plan, self.store, self.compressor = plan, store, compressor
         self.form, self.tables = form, tables
@@ -55,9 +56,9 @@ class StaticReader:
         # as readers of growing layers know it, with all its room
         none = torch.empty(plan.batch_size, 1, 0, 1, device=plan.device)
         self._state, self._layout = LayerState(*[none] * 6, store), _FullLayout(plan)
-        self.anchor = torch.zeros(1, device=plan.device)
-        keep_address(self.anchor)
-        _READERS[self.anchor.data_ptr()] = self
+        self.anchor = anchor
+        keep_address(anchor)
+        _READERS[anchor.data_ptr()] = self
 
     def __deepcopy__(self, memo: dict) -> None:
         # a copy of the layer makes its own

@@ -33,8 +33,9 @@ class StaticRun:
         self.rooms: list[tuple[torch.Tensor, torch.Tensor] | None] = []
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is held beside the layers."""
-        rooms = [table for room in self.rooms if room is not None for table in room]
+        """What is held beside the layers and the RoPE tables in use."""
+        spare = self.rooms[len(self.registry.tables) :]
+        rooms = [table for room in spare if room is not None for table in room]
         return rooms + ([] if self.plan is None else self.plan.tensors())
 
     @property

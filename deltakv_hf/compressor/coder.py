@@ -47,12 +47,15 @@ class Coder(ABC):
         """Stored bytes of a compressed token."""
 
     @abstractmethod
-    def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
+    def append(
+        self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
+    ) -> TokenStore:
         """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
 
         Args:
             rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
             read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+            room: a larger store of which `store` is the beginning, to be written to in place; None: a new one is made.
         """
 
     @abstractmethod
@@ -111,7 +114,9 @@ class ResidualCoder(Coder):
         own = sum(sizes[name] for name in store.reference_names())
         return (own + (stride - 1) * (sum(sizes.values()) - own)) / stride
 
-    def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
+    def append(
+        self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
+    ) -> TokenStore:
         """See `Coder.append`."""
         lattice, names, references = self.lattice, store.reference_names(), None
         num_references = lattice.count(start)
@@ -137,7 +142,7 @@ class ResidualCoder(Coder):
             idx = dispatch.nearest_references(tokens, references, visible, self.top_k).to(torch.int16)
             residual = self.code_residuals(tokens, dispatch.predict(references, idx))
             parts.append(type(store)(*coded, *residual, idx))
-        return store.write(type(store).join(parts), rows, num_references, start - num_references)
+        return store.write(type(store).join(parts), rows, num_references, start - num_references, room)
 
     def cut(self, store: TokenStore, count: int) -> TokenStore:
         """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""

@@ -48,9 +48,15 @@ class Int4Store(TokenStore):
         )
         return [keys.flatten(2, 3), key_levels, values, value_levels.flatten(2, 3)]
 
-    def write_blocks(self, new: Int4Store, rows: torch.Tensor | None, start: int) -> Int4Store:
-        """Places `new` behind the first `start` blocks of `rows` (None: of all rows)."""
-        return type(self)(*(_write(getattr(self, name), getattr(new, name), rows, start) for name in self.names()))
+    def write_blocks(
+        self, new: Int4Store, rows: torch.Tensor | None, start: int, room: Int4Store | None = None
+    ) -> Int4Store:
+        """Places `new` behind the first `start` blocks of `rows` (None: of all rows); `room` as for `write`."""
+        written = []
+        for name in self.names():
+            place = None if room is None else getattr(room, name)
+            written.append(_write(getattr(self, name), getattr(new, name), rows, start, place))
+        return type(self)(*written)
 
 
 class Int4Compressor(Coder):
@@ -94,7 +100,9 @@ class Int4Compressor(Coder):
         block = self.empty(1, torch.device("meta"), GROUP)
         return sum(part.numel() * part.itemsize for part in vars(block).values()) / GROUP
 
-    def append(self, store: Int4Store, rows: list[int] | None, start: int, stop: int, read) -> Int4Store:
+    def append(
+        self, store: Int4Store, rows: list[int] | None, start: int, stop: int, read, room: Int4Store | None = None
+    ) -> Int4Store:
         """See `Coder.append`; `stop` is a multiple of 32."""
         picked = None if rows is None else upload(torch.tensor(rows), store.key_codes.device)
         first, parts, tile = start // GROUP, [], max(1, self.encode_tile // GROUP) * GROUP
@@ -107,7 +115,7 @@ class Int4Compressor(Coder):
                     for old, new in zip(held, (keys, values), strict=True)
                 )
             parts.append(self._encode(keys, values))
-        return store.write_blocks(Int4Store.join(parts), picked, first)
+        return store.write_blocks(Int4Store.join(parts), picked, first, room)
 
     def cut(self, store: Int4Store, count: int) -> Int4Store:
         """A store of the blocks that hold the first `count` tokens of every row."""
@@ -137,10 +145,20 @@ class Int4Compressor(Coder):
         return Int4Store(key_codes, key_levels, value_codes, value_levels)
 
 
-def _write(held: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: int) -> torch.Tensor:
-    if rows is None:
+def _write(
+    held: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: int, room: torch.Tensor | None
+) -> torch.Tensor:
+    stop = start + new.shape[2]
+    if rows is None and room is None:
         return torch.cat([held[:, :, :start], new], dim=2)
-    grown = held.new_zeros(*held.shape[:2], max(start + new.shape[2], held.shape[2]), *held.shape[3:])
-    grown[:, :, : held.shape[2]] = held
-    grown[rows, :, start : start + new.shape[2]] = new
+    if rows is None:
+        room[:, :, start:stop] = new
+        return room[:, :, :stop]
+    size = max(stop, held.shape[2])
+    if room is None:
+        grown = held.new_zeros(*held.shape[:2], size, *held.shape[3:])
+        grown[:, :, : held.shape[2]] = held
+    else:
+        grown = room[:, :, :size]
+    grown[rows, :, start:stop] = new
     return grown

@@ -43,12 +43,24 @@ class TokenStore:
         """A store whose every tensor is `change(tensor)`."""
         return type(self)(*(change(getattr(self, name)) for name in self.names()))
 
-    def write(self, new: TokenStore, rows: list[int] | None, num_references: int, num_residuals: int) -> TokenStore:
-        """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows)."""
-        starts = self.counts(num_references, num_residuals)
-        return replace(
-            self, **{name: _write(getattr(self, name), getattr(new, name), rows, at) for name, at in starts.items()}
-        )
+    def write(
+        self,
+        new: TokenStore,
+        rows: list[int] | None,
+        num_references: int,
+        num_residuals: int,
+        room: TokenStore | None = None,
+    ) -> TokenStore:
+        """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows).
+
+        Args:
+            room: a larger store of which this one is the beginning, to be written to in place; None: a new one is made.
+        """
+        starts, written = self.counts(num_references, num_residuals), {}
+        for name, at in starts.items():
+            place = None if room is None else getattr(room, name)
+            written[name] = _write(getattr(self, name), getattr(new, name), rows, at, place)
+        return replace(self, **written)
 
     def cut(self, num_references: int, num_residuals: int) -> TokenStore:
         """The first records of every row, in memory of their own."""
@@ -91,13 +103,21 @@ class TokenStore:
         yield tokens, lambda x: x
 
 
-def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int) -> torch.Tensor:
+def _write(
+    held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int, room: torch.Tensor | None
+) -> torch.Tensor:
     stop = start + new.shape[1]
-    if rows is None:
+    if rows is None and room is None:
         return torch.cat([held[:, :start], new], dim=1)
+    if rows is None:
+        room[:, start:stop] = new
+        return room[:, :stop]
     size = max(stop, held.shape[1])
-    grown = held.new_zeros(held.shape[0], size, *held.shape[2:])
-    grown[:, : held.shape[1]] = held
+    if room is None:
+        grown = held.new_zeros(held.shape[0], size, *held.shape[2:])
+        grown[:, : held.shape[1]] = held
+    else:
+        grown = room[:, :size]
     for place, row in enumerate(rows):
         grown[row, start:stop] = new[place]
     return grown
