@@ -66,8 +66,8 @@ class StaticPlan:
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.raw_bias = torch.zeros(batch_size, num_raw, device=device)
         self.compressed = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.token_columns = torch.arange(capacity, dtype=torch.int32, device=device).add_(num_sink_tokens)
-        self.token_columns = self.token_columns.repeat(batch_size, 1)
+        self._even_columns = torch.arange(capacity, dtype=torch.int32, device=device).add_(num_sink_tokens)
+        self.token_columns = self._even_columns.repeat(batch_size, 1)
         self.kinds = {stride: self._new_kinds(stride) for stride in strides}
         self.is_ready, self.chosen, self._new = False, None, None
         for tensor in (self.counts, self.one, self.place, self.raw_bias):
@@ -94,7 +94,15 @@ class StaticPlan:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
-        own = [self.counts, self.one, self.place, self.raw_bias, self.compressed, self.token_columns]
+        own = [
+            self.counts,
+            self.one,
+            self.place,
+            self.raw_bias,
+            self.compressed,
+            self.token_columns,
+            self._even_columns,
+        ]
         kinds = [kind for pair in self.kinds.values() for kind in pair if kind is not None]
         return own + [part for kind in kinds for part in vars(kind).values() if part is not None]
 
@@ -115,8 +123,7 @@ class StaticPlan:
         self.counts.copy_(upload(torch.tensor([ledger.columns, 0]), self.device))
         self.place.fill_(behind + num_pending)
         self.compressed.copy_(upload(torch.tensor(ledger.compressed, dtype=torch.int32), self.device))
-        if ledger.row_columns is not None:
-            self._write_columns(ledger)
+        self._write_columns(ledger)
         for stride, (references, others) in self.kinds.items():
             if others is not None:
                 torch.div(self.compressed + stride - 1, stride, rounding_mode="floor", out=references.lengths)
@@ -125,6 +132,10 @@ class StaticPlan:
                     kind.columns.copy_(self.token_columns.index_select(1, kind.offsets))
 
     def _write_columns(self, ledger: TokenLedger) -> None:
+        if ledger.row_columns is None:
+            # the batch before may have been padded
+            self.token_columns.copy_(self._even_columns)
+            return
         sinks, most = self.num_sink_tokens, max(ledger.compressed)
         columns = torch.zeros(self.batch_size, most, dtype=torch.int32)
         for row, count in enumerate(ledger.compressed):

@@ -302,6 +302,18 @@ def test_addresses_stay():
     assert addresses(cache) == before
 
 
+@pytest.mark.parametrize("way", ["all", "coarse"])
+def test_one_cache_serves_batch_after_batch(way):
+    """Padded ones and even ones, as if each were its first."""
+    model = model_of("llama")
+    cache = DeltaKVCache(model, max_cache_len=SIZE, **WAYS[way](model))
+    for padded in (True, False, True):
+        fresh = DeltaKVCache(model, max_cache_len=SIZE, **WAYS[way](model))
+        said = [generated(model, each, inputs_of(padded)) for each in (cache, fresh)]
+        assert all(map(torch.equal, *said))
+        cache.reset()
+
+
 def test_the_attention_may_change_between_steps():
     model = new_model("llama", "deltakv", 0)
     options, inputs = WAYS["coarse"](model), inputs_of(True)
