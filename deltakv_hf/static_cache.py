@@ -59,6 +59,9 @@ class StaticModelCache(ModelCache):
         elif not torch.compiler.is_compiling():
             mask = _mask_of_columns(attention_mask) if self._attends else attention_mask
             super().note_forward(module, mask, input_ids, *args, **kwargs)
+            if input_ids is not None and self._ledger.step is None:
+                # before the host's layers take what ours has no room for
+                self._static.check_length(input_ids.shape[-1])
             if self._attends and input_ids is not None and input_ids.shape[-1] == 1:
                 # a compiled forward asks nothing more
                 self._static.prepare()

@@ -52,7 +52,7 @@ def test_generate_is_measured_row_by_row(tmp_path, monkeypatch):
     assert [(row["kind"], row["batch"]) for row in rows] == [(kind, n) for kind in kinds.split(",") for n in (1, 2)]
     for row in rows:
         if row["kind"] != "quantized":
-            assert 0 < row["step_ms"] < row["token_ms"] and row["tokens_s"] > 0
+            assert min(row["step_ms"], row["token_ms"], row["tokens_s"]) > 0
             assert ("cache_bytes" in row) == row["kind"].startswith("deltakv")
     before = file.read_bytes()
     result = run(*TINY, "--kinds", "dynamic", "--contexts", "300", "--json", file)

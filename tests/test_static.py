@@ -349,6 +349,28 @@ def test_more_than_there_is_room_for():
     assert model(prompt(2, 1), past_key_values=cache).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("length", [1, 7], ids=["step", "call"])
+@pytest.mark.parametrize("attention", ["deltakv", "sdpa"])
+def test_what_is_refused_leaves_sliding_layers_alone(attention, length):
+    """The host's layer comes first: it must not hold tokens that the layer behind it has no room for."""
+    model = tiny_model("gemma3", attention)
+    cache = DeltaKVCache(model, max_cache_len=48, **TIGHT)
+    model(prompt(1, 48), past_key_values=cache)
+    with pytest.raises(CacheStateError, match="`max_cache_len` must be at least"):
+        model(prompt(1, length), past_key_values=cache)
+    assert {layer.get_seq_length() for layer in cache.layers} == {48}
+
+
+def test_a_prompt_that_is_refused_leaves_an_empty_cache():
+    """So that a shorter one may follow."""
+    model = tiny_model("gemma3", "deltakv")
+    cache = DeltaKVCache(model, max_cache_len=48, **TIGHT)
+    with pytest.raises(CacheStateError, match="`max_cache_len` must be at least"):
+        model(prompt(1, 60), past_key_values=cache)
+    model(prompt(1, 40), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "8"])
 def test_sizes_that_are_none(size):
     with pytest.raises(InvalidOptionError, match="`max_cache_len` must be an integer >= 1"):
