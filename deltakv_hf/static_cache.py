@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .attention import NAME
 from .errors import InvalidOptionError
 from .model_cache import ModelCache
 from .static_layer import StaticLayer
 from .static_run import StaticRun
-
-# the attention that reads a layer of fixed size
-ATTENTION = "deltakv"
 
 
 class StaticModelCache(ModelCache):
@@ -34,7 +32,7 @@ class StaticModelCache(ModelCache):
     @property
     def _attends(self) -> bool:
         """Whether the model's attention reads layers of fixed size; with any other they serve as growing ones."""
-        return self._static is not None and self.model_config._attn_implementation == ATTENTION
+        return self._static is not None and self.model_config._attn_implementation == NAME
 
     @property
     def is_compileable(self) -> bool:

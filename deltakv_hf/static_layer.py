@@ -113,9 +113,8 @@ class StaticLayer(DeltaKVLayer):
         if num_raw > self.num_raw:
             # padding in many short calls
             self.num_raw = 2 * num_raw
-        like = torch.empty(batch, tail.shape[1], self.num_raw, tail.shape[3], dtype=tail.dtype, device="meta")
-        room = self.raw_keys
-        if room is not None and (room.shape, room.dtype, room.device) == (like.shape, like.dtype, tail.device):
+        form, room = ((batch, tail.shape[1], self.num_raw, tail.shape[3]), tail.dtype, tail.device), self.raw_keys
+        if room is not None and (room.shape, room.dtype, room.device) == form:
             return
         # zeros: what is never read is multiplied by zero
         self.raw_keys, self.raw_values = (

@@ -208,29 +208,6 @@ class StaticCodeReader(CodeReader):
 
 
 @torch.library.custom_op("deltakv_hf::attend", mutates_args=())
-def _attend(
-    query: torch.Tensor,
-    raw_keys: torch.Tensor,
-    raw_values: torch.Tensor,
-    raw_bias: torch.Tensor,
-    slots: torch.Tensor | None,
-    anchor: torch.Tensor,
-    scale: float,
-    num_chosen: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    reader = _READERS[anchor.data_ptr()]
-    output, chosen = reader.attend(query, raw_keys, raw_values, raw_bias, slots, scale, num_chosen)
-    return output, chosen if num_chosen else torch.empty(0, dtype=torch.int32, device=query.device)
-
-
-@_attend.register_fake
-def _(query, raw_keys, raw_values, raw_bias, slots, anchor, scale, num_chosen):
-    batch, heads, num_queries, _ = query.shape
-    output = query.new_empty(batch, num_queries, heads, raw_values.shape[-1])
-    shape = (batch, num_chosen) if num_chosen else (0,)
-    return output, torch.empty(shape, dtype=torch.int32, device=query.device)
-
-
 def attend_static(
     query: torch.Tensor,
     raw_keys: torch.Tensor,
@@ -256,4 +233,14 @@ def attend_static(
         `[batch, 1, num_attention_heads, value_dim]` in the dtype of `query`; what was chosen, `[batch, num_chosen]`
         int32, ascending.
     """
-    return torch.ops.deltakv_hf.attend(query, raw_keys, raw_values, raw_bias, slots, anchor, scale, num_chosen)
+    reader = _READERS[anchor.data_ptr()]
+    output, chosen = reader.attend(query, raw_keys, raw_values, raw_bias, slots, scale, num_chosen)
+    return output, chosen if num_chosen else torch.empty(0, dtype=torch.int32, device=query.device)
+
+
+@attend_static.register_fake
+def _(query, raw_keys, raw_values, raw_bias, slots, anchor, scale, num_chosen):
+    batch, heads, num_queries, _ = query.shape
+    output = query.new_empty(batch, num_queries, heads, raw_values.shape[-1])
+    shape = (batch, num_chosen) if num_chosen else (0,)
+    return output, torch.empty(shape, dtype=torch.int32, device=query.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 import transformers as tf
@@ -122,3 +123,10 @@ def byte_llama(max_positions: int = 4096) -> PreTrainedModel:
             eos_token_id=None,
         )
     )
+
+
+def saved_byte_llama(path: Path, max_positions: int = 4096) -> str:
+    """The same with its tokenizer, saved in a folder."""
+    byte_llama(max_positions).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)

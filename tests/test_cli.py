@@ -9,7 +9,7 @@ import torch
 from commands import assert_refused, run
 from compressors import random_compressor
 from huggingface_hub import scan_cache_dir
-from models import byte_llama, byte_tokenizer
+from models import byte_llama, byte_tokenizer, saved_byte_llama
 from transformers import T5Config, T5ForConditionalGeneration
 
 from deltakv_hf import DeltaKVError
@@ -28,10 +28,7 @@ TEXT_BYTES = 300
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A tiny random llama with a tokenizer, saved."""
-    path = tmp_path_factory.mktemp("llama")
-    byte_llama(MAX_POSITIONS).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return str(path)
+    return saved_byte_llama(tmp_path_factory.mktemp("llama"), MAX_POSITIONS)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("typer")
 from commands import assert_refused, run  # noqa: E402
-from models import byte_llama, byte_tokenizer, tiny_model  # noqa: E402
+from models import byte_llama, byte_tokenizer, saved_byte_llama, tiny_model  # noqa: E402
 
 from deltakv_hf import JointEncodedCache  # noqa: E402
 from deltakv_hf.cli import joint_figures  # noqa: E402
@@ -25,10 +25,7 @@ SMALL = ("--length", 256, "--block-size", 8, "--rows", 3)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A tiny random llama with a tokenizer, saved."""
-    path = tmp_path_factory.mktemp("llama")
-    byte_llama(MAX_POSITIONS).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return str(path)
+    return saved_byte_llama(tmp_path_factory.mktemp("llama"), MAX_POSITIONS)
 
 
 def shown(*arguments) -> dict:

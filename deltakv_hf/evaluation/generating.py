@@ -27,6 +27,7 @@ from transformers import (
 
 from .. import DeltaKVCache, KVCompressor
 from .pretending import pretend
+from .steps import synchronize
 
 # ways to read, by name of a kind
 SELECTIONS = {
@@ -68,8 +69,7 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        if input_ids.device.type == "cuda":
-            torch.cuda.synchronize(input_ids.device)
+        synchronize(input_ids.device)
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -169,10 +169,10 @@ def _run(model: PreTrainedModel, row: Row, cache: Cache) -> dict:
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
     result = {}
     if row.prefill:
-        _synchronize(model.device)
+        synchronize(model.device)
         start = time.perf_counter()
         model(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-        _synchronize(model.device)
+        synchronize(model.device)
         result["first_token_s"] = time.perf_counter() - start
 
     def generate(ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, list[float]]:
@@ -214,10 +214,10 @@ class _timed:
         call = getattr(self._model, self._name)
 
         def timed(*args, **kwargs):
-            _synchronize(self._model.device)
+            synchronize(self._model.device)
             start = time.perf_counter()
             made = call(*args, **kwargs)
-            _synchronize(self._model.device)
+            synchronize(self._model.device)
             self._times.append(1000 * (time.perf_counter() - start))
             return made
 
@@ -256,8 +256,3 @@ def _device_times(run: Callable[[], object]) -> tuple[dict[str, float], int]:
             kind = "weights" if any(part in name for part in WEIGHTS) else kind
             times[kind] += event.self_device_time_total / 1000
     return times, launches
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

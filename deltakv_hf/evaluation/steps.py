@@ -24,7 +24,8 @@ from .. import DeltaKVCache, KVCompressor, __version__
 from ..files import write_atomically
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what runs on `device`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -55,10 +56,10 @@ def measure_steps(
         if cuda:
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        _synchronize(device)
+        synchronize(device)
         results[name] = {"prefill_s": time.perf_counter() - start}
         if cuda:
             results[name]["held_bytes"] = torch.cuda.memory_allocated(device) - before
@@ -70,10 +71,10 @@ def measure_steps(
     times = {name: [] for name in caches}
     for _ in range(num_steps):
         for name, cache in caches.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            _synchronize(device)
+            synchronize(device)
             times[name].append(1000 * (time.perf_counter() - start))
     for name, values in times.items():
         results[name] |= {"step_ms": statistics.median(values[4:]), "step_ms_min": min(values[4:])}
