@@ -62,7 +62,8 @@ class CompressedCache(Cache):
         self._ledger.note_mask(attention_mask, outermost, module)
 
     def _catch_up(self) -> None:
-        """Counts what has run since, of a cache whose steps run by themselves."""
+        """Waits, on the device, for what still runs of a forward that was broken off."""
+        self._ledger.side.join()
 
     def _check_whole(self) -> None:
         """Raises unless every layer has been through the same forwards."""
@@ -159,6 +160,7 @@ class CompressedCache(Cache):
         self._forget(CacheStats())
 
     def _forget(self, stats: CacheStats) -> None:
+        self._ledger.side.join()
         # until the end, when the ledger is made anew
         self._ledger.torn = "reset"
         # the host's own layers are made anew: before transformers 5.18 their `reset` keeps the old length

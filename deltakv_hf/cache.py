@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .compressor import DirectCompressor, Int4Compressor
 from .compressor.kv_compressor import KVCompressor
 from .config import FREE, DeltaKVConfig
+from .errors import InvalidOptionError
 from .layer import DeltaKVLayer
 from .ledger import TokenLedger
 from .model_cache import checked_compressor
@@ -73,9 +74,7 @@ class DeltaKVCache(StaticModelCache):
 
     def _make_layers(self, forms: dict[int, RopeForm | None]) -> dict[int, DeltaKVLayer]:
         plan, layers = SelectionPlan(self.options, self.compressor, self.model_config, list(forms)), {}
-        sizes = None
-        if self._max_cache_len is not None:
-            sizes = static_sizes(self.options, self._max_cache_len, _strides(self.options, self.compressor))
+        sizes = None if self._max_cache_len is None else self._sizes(self._max_cache_len)
         for layer_idx, form in forms.items():
             make_compressor = partial(_make_layer_compressor, self.options, self.compressor, layer_idx)
             if layer_idx in plan.filter_layers:
@@ -84,6 +83,25 @@ class DeltaKVCache(StaticModelCache):
             held = layer_idx, self._ledger, make_compressor, form, self._registry, plan.selector(layer_idx)
             layers[layer_idx] = DeltaKVLayer(*held) if sizes is None else StaticLayer(*held, sizes=sizes)
         return layers
+
+    def _sizes(self, max_cache_len: int) -> tuple[int, int, int]:
+        return static_sizes(self.options, max_cache_len, _strides(self.options, self.compressor))
+
+    def resize(self, max_cache_len: int) -> None:
+        """Makes room for another number of columns in a cache that was made with `max_cache_len`.
+
+        What is held moves, with both rooms in memory for one layer at a time; the model's step is compiled anew.
+
+        Raises:
+            InvalidOptionError: not that many columns can be, more are held, or the cache grows by itself.
+        """
+        if self._max_cache_len is None:
+            raise InvalidOptionError(
+                f"`resize` must be left out for a cache without `max_cache_len`, which grows, got {max_cache_len}."
+            )
+        check_max_cache_len(max_cache_len, self.options, self.offloading)
+        self._resize(self._sizes(max_cache_len))
+        self._max_cache_len = max_cache_len
 
     @classmethod
     def from_pretrained(

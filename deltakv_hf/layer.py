@@ -98,6 +98,8 @@ class DeltaKVLayer(CacheLayerMixin):
                 "`key_states` must not require grad: stored bytes carry no gradient. Run the model under "
                 "`torch.no_grad()`."
             )
+        # the layer before is coded while this one has computed what it stores
+        self.ledger.side.join()
         self._check_handed()
         step = self.ledger.arrive(self.columns, key_states.shape[0], key_states.shape[2])
         if step.past == 0 and not self.is_initialized:
@@ -120,12 +122,25 @@ class DeltaKVLayer(CacheLayerMixin):
         )
         view = self._lazy_view(state, step.layout) if step.past else (key_states, value_states)
         if step.after is not None:
-            state = self._flushed(state, step.after)
-        elif state.pending_keys is key_states:
+            self._code(state, step)
+            return view
+        if state.pending_keys is key_states:
             # a view of the model's buffer would keep all of it alive
             state = replace(state, pending_keys=key_states.clone(), pending_values=value_states.clone())
         self.state = state
         return view
+
+    def _code(self, state: LayerState, step: Step) -> None:
+        """Does the flush behind a long call."""
+
+        def work() -> None:
+            self.state = self._flushed(state, step.after)
+
+        if step.past or self.ledger.is_last:
+            # the attention of the call reads the store, or nothing is left to compute beside
+            work()
+        else:
+            self.ledger.side.run(self.device, work, state.pending_keys, state.pending_values)
 
     def has_begun(self, step: Step) -> bool:
         """Whether the layer has changed in a forward that was broken off."""
@@ -138,6 +153,7 @@ class DeltaKVLayer(CacheLayerMixin):
             self.tables.pad(step.past + step.query_length)
         raw = self.state.tail_keys, self.state.tail_values
         self._store(step, *(part.new_zeros(*part.shape[:2], step.query_length, part.shape[3]) for part in raw))
+        self.ledger.side.join()
 
     def _check_handed(self) -> None:
         if self._handed is None or (self.form is not None and len(self._handed) != 2):
@@ -311,6 +327,7 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Moves what is stored to the CPU."""
+        self.ledger.side.join()
         self.map(lambda part: part.to("cpu"))
 
     def prefetch(self) -> None:

@@ -20,6 +20,7 @@ from .errors import CacheStateError
 from .hf_compat import HostCopy
 from .layout import Crop, Flush, FlushGroup, Layout, Step, stack
 from .references import Lattice, check_num_references
+from .side_stream import SideStream
 from .stats import CacheStats
 
 
@@ -38,6 +39,7 @@ class TokenLedger:
         step: the running forward, until it has reached every layer.
         num_layers, num_arrived: layers that share the ledger, and those that the running forward has been through.
         stats: what the cache has done so far.
+        side: where layers code a long prompt.
         serial, closed_serial: number of the newest forward that a module has begun, and of the newest that has been
             through every layer of ours.
         torn: the operation between forwards that is changing the layers one by one, or was broken off.
@@ -58,6 +60,7 @@ class TokenLedger:
     num_layers: int = 0
     num_arrived: int = 0
     stats: CacheStats = field(default_factory=CacheStats)
+    side: SideStream = field(default_factory=SideStream)
     serial: int = 0
     closed_serial: int = 0
     torn: str | None = None
@@ -115,6 +118,11 @@ class TokenLedger:
                 f"two forwards share the cache. {self._way_out()}"
             )
         return step
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the layer that has arrived is the last one of the forward."""
+        return self.num_arrived == self.num_layers - 1
 
     def depart(self) -> None:
         """A layer has stored its new tokens; the last one closes the forward."""

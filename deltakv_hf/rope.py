@@ -125,6 +125,10 @@ class RopeTables:
         self.take(held)
         return room
 
+    def leave_room(self) -> None:
+        """Holds what it holds in memory of its own."""
+        self.cos, self.sin, self.room = self.cos.clone(), self.sin.clone(), None
+
     def take(self, columns: int) -> None:
         """Holds the first `columns` columns of the room."""
         self.cos, self.sin = (place[:, :columns] for place in self.room)

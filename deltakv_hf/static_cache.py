@@ -29,6 +29,16 @@ class StaticModelCache(ModelCache):
             return
         self._static = StaticRun(max_cache_len, self._ledger, self._registry, layers)
 
+    def _resize(self, sizes: tuple[int, int, int]) -> None:
+        self._check_whole()
+        self._ledger.settle()
+        if self._static is not None:
+            if self._ledger.columns > sizes[0]:
+                raise InvalidOptionError(
+                    f"`max_cache_len` must be at least the {self._ledger.columns} columns held, got {sizes[0]}."
+                )
+            self._static.resize(sizes)
+
     @property
     def _attends(self) -> bool:
         """Whether the model's attention reads layers of fixed size; with any other they serve as growing ones."""
@@ -43,6 +53,8 @@ class StaticModelCache(ModelCache):
         return layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticLayer)
 
     def _catch_up(self) -> None:
+        """Counts the steps that have run, too."""
+        super()._catch_up()
         if self._static is not None:
             self._static.catch_up()
 

@@ -123,6 +123,13 @@ class StaticLayer(DeltaKVLayer):
         self.room = self.compressor.empty(batch, tail.device, self.capacity).map(torch.Tensor.zero_)
         self.reader = None
 
+    def resize(self, sizes: tuple[int, int, int]) -> None:
+        """Moves what is held into room for other `sizes`, as of the class."""
+        state = self.state
+        self.max_cache_len, self.capacity, self.num_raw = sizes
+        self.raw_keys = self.raw_values = self.room = self.reader = None
+        self.state = state
+
     def equip(self, plan: StaticPlan) -> None:
         """Makes the layer ready for the steps of `plan`."""
         self.plan = plan

@@ -49,8 +49,17 @@ class StaticRun:
         if columns > self.max_cache_len:
             raise CacheStateError(
                 f"`max_cache_len` must be at least {columns} for {query_length} more tokens behind "
-                f"{self.ledger.columns}, got {self.max_cache_len}: make a larger cache."
+                f"{self.ledger.columns}, got {self.max_cache_len}: call `cache.resize({columns})` or more."
             )
+
+    def resize(self, sizes: tuple[int, int, int]) -> None:
+        """Moves what is held into room for other `sizes`, as of a layer; the next step is recorded anew."""
+        with self.ledger.changing("resize"):
+            for layer in self.layers:
+                layer.resize(sizes)
+        for tables in self.registry.tables:
+            tables.leave_room()
+        self.max_cache_len, self.plan, self.rooms = sizes[0], None, []
 
     def catch_up(self) -> None:
         """Counts the steps that have run."""

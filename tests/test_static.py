@@ -330,6 +330,29 @@ def test_the_attention_may_change_between_steps():
         mask = F.pad(mask, (0, 3), value=1)
 
 
+@pytest.mark.parametrize("way", ["all", "coarse", "filter"])
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+def test_a_cache_that_is_resized_goes_on(way, padded):
+    model, inputs = model_of("wide" if way == "filter" else "llama"), inputs_of(padded)
+    options, mask = WAYS[way](model), inputs["attention_mask"]
+    small, large = (DeltaKVCache(model, max_cache_len=size, **options) for size in (56, SIZE))
+    for cache in (small, large):
+        cache.resize(60 if cache is small else SIZE)
+        generated(model, cache, inputs, 10)
+    small.resize(SIZE)
+    assert small.layers[0].capacity == large.layers[0].capacity
+    mask = F.pad(mask, (0, 9), value=1)
+    for number, lengths in enumerate(([1, 1, 1, 20, 1], [1, 1])):
+        said = [go_on(model, cache, mask, lengths, number) for cache in (small, large)]
+        torch.testing.assert_close(*said, rtol=0, atol=1e-4)
+        mask = F.pad(mask, (0, sum(lengths)), value=1)
+        # less room than there was
+        small.resize(small.get_seq_length() + 2)
+    small.reset()
+    small.resize(SIZE)
+    assert torch.equal(generated(model, small, inputs)[0], generated(model, DeltaKVCache(model, **options), inputs)[0])
+
+
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +368,8 @@ def test_more_than_there_is_room_for():
         with pytest.raises(CacheStateError, match=f"`max_cache_len` must be at least {50 + length}.*got 50"):
             model(prompt(2, length), past_key_values=cache)
     assert cache.get_seq_length() == 50
+    with pytest.raises(InvalidOptionError, match="`max_cache_len` must be at least the 50 columns held, got 49"):
+        cache.resize(49)
     cache.crop(-3)
     assert model(prompt(2, 1), past_key_values=cache).logits.isfinite().all()
 
@@ -361,6 +386,11 @@ def test_what_is_refused_leaves_sliding_layers_alone(attention, length):
     assert {layer.get_seq_length() for layer in cache.layers} == {48}
 
 
+def test_a_cache_that_grows_is_not_resized():
+    with pytest.raises(InvalidOptionError, match="`resize` must be left out"):
+        DeltaKVCache(tiny_model("llama")).resize(50)
+
+
 def test_a_prompt_that_is_refused_leaves_an_empty_cache():
     """So that a shorter one may follow."""
     model = tiny_model("gemma3", "deltakv")
@@ -373,6 +403,8 @@ def test_a_prompt_that_is_refused_leaves_an_empty_cache():
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "8"])
 def test_sizes_that_are_none(size):
+    with pytest.raises(InvalidOptionError, match="`max_cache_len`"):
+        DeltaKVCache(tiny_model("llama"), max_cache_len=50).resize(size)
     with pytest.raises(InvalidOptionError, match="`max_cache_len` must be an integer >= 1"):
         DeltaKVCache(model_of("llama"), max_cache_len=size)
 

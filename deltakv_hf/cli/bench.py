@@ -58,6 +58,7 @@ def generate(
     contexts: Annotated[str, typer.Option(help="Tokens held by each row of a batch, commas between.")] = "8192",
     batches: Annotated[str, typer.Option(help="Rows, commas between.")] = "1",
     prefill: Annotated[bool, typer.Option(help="Read the prompt, and time that, instead of filling caches.")] = False,
+    text: Annotated[Path | None, typer.Option(help="Text to read, with --model. Default: random tokens.")] = None,
     filter_layers: Annotated[str | None, typer.Option(help="Of deltakv filter: their numbers.")] = None,
     memory_gb: Annotated[float | None, typer.Option(min=0.1, help="Use no more of the GPU.")] = None,
     backend: Annotated[str | None, typer.Option(help="That compiles. Default: inductor, on a GPU.")] = None,
@@ -77,6 +78,7 @@ def generate(
         from ..evaluation.model import load_by_name, pick_device, pick_dtype
         from ..evaluation.shapes import SHAPES, random_compressor, shape_model
         from ..evaluation.steps import environment
+        from ..evaluation.texts import read_text
         from ..files import write_atomically
         from . import bench_generate
 
@@ -85,6 +87,8 @@ def generate(
         rows = bench_generate.wanted_rows(kinds, contexts, batches, prefill, backend)
         if (model is None) == (shape is None) or shape not in (None, *SHAPES):
             raise InvalidOptionError(f"`--shape` must be {' or '.join(SHAPES)}, or `--model` be given, got {shape!r}.")
+        if text is not None and model is None:
+            raise InvalidOptionError(f"`--text` must be left out with `--shape`, got {str(text)!r}: give `--model`.")
         options = {}
         if filter_layers is not None:
             options["filter_layers"] = tuple(bench_generate.numbers("--filter-layers", filter_layers, low=0))
@@ -93,13 +97,15 @@ def generate(
         if memory_gb is not None and place.type == "cuda":
             total = torch.cuda.get_device_properties(place).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / total), place)
+        ids = None
         if shape is not None:
             loaded = shape_model(shape, place, kind)
             coder = random_compressor(loaded)
         else:
-            loaded = load_by_name(model, kind, place)[0]
+            loaded, tokenizer = load_by_name(model, kind, place)
+            ids = None if text is None else tokenizer(read_text(text, "--text"), return_tensors="pt").input_ids[0]
             coder = None if compressor is None else KVCompressor.from_pretrained(compressor)
-        made = bench_generate.measure(loaded, rows, coder, options, environment(place, kind), json_file)
+        made = bench_generate.measure(loaded, rows, coder, options, environment(place, kind), json_file, ids)
         bench_generate.show(made)
         if png is not None:
             write_atomically(png, bench_generate.chart(made))

@@ -42,7 +42,7 @@ def wanted_rows(kinds: str, contexts: str, batches: str, prefill: bool, backend:
     return [Row(*size, prefill, backend) for size in sizes]
 
 
-def measure(model, rows: list, compressor, options: dict, environment: dict, json_file: Path | None) -> dict:
+def measure(model, rows: list, compressor, options: dict, environment: dict, json_file: Path | None, text=None) -> dict:
     """Measures what `json_file` does not hold yet; every row is written when it is done."""
     from ..evaluation.generating import measure_row
 
@@ -61,7 +61,7 @@ def measure(model, rows: list, compressor, options: dict, environment: dict, jso
             continue
         with console.status(f"{row.kind}, {row.context:,} tokens, batch {row.batch}"):
             chosen = options if row.kind == "deltakv filter" else {}
-            made["rows"].append(vars(row) | measure_row(model, row, compressor, chosen))
+            made["rows"].append(vars(row) | measure_row(model, row, compressor, chosen, text))
         if json_file is not None:
             write_atomically(json_file, (json.dumps(made, indent=1) + "\n").encode())
     return made

@@ -79,13 +79,20 @@ class _Clock(StoppingCriteria):
 
 
 @torch.no_grad()
-def measure_row(model: PreTrainedModel, row: Row, compressor: KVCompressor | None, options: dict | None = None) -> dict:
+def measure_row(
+    model: PreTrainedModel,
+    row: Row,
+    compressor: KVCompressor | None,
+    options: dict | None = None,
+    text: torch.Tensor | None = None,
+) -> dict:
     """Measures one row.
 
     Args:
         model: with the attention that it is to be measured with; our kinds set `deltakv`, the host's `sdpa`.
         compressor: of our kinds.
         options: of `DeltaKVCache`, over those of the kind.
+        text: `[tokens]` int64 to fill prompts from, a row behind the other and from the beginning again; None: random.
 
     Returns:
         `token_ms` (wall time of a token in `generate`) and `step_ms` (of its forward alone), medians; `tokens_s`;
@@ -100,7 +107,7 @@ def measure_row(model: PreTrainedModel, row: Row, compressor: KVCompressor | Non
     try:
         cache = _make(model, row, compressor, options or {}, total)
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        result = _run(model, row, cache)
+        result = _run(model, row, cache, _prompt(model, row, text))
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {str(error)[:120]}"}
     except Exception as error:  # a row that fails must not end the others
@@ -160,13 +167,20 @@ def _make(model: PreTrainedModel, row: Row, compressor, options: dict, total: in
     return cache
 
 
-def _run(model: PreTrainedModel, row: Row, cache: Cache) -> dict:
+def _prompt(model: PreTrainedModel, row: Row, text: torch.Tensor | None) -> torch.Tensor:
+    """`[batch, context + 1]`"""
+    shape = row.batch, row.context + 1
+    if text is None:
+        ids = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    else:
+        ids = text.repeat(-(-shape[0] * shape[1] // len(text)))[: shape[0] * shape[1]].view(shape)
+    return ids.to(model.device)
+
+
+def _run(model: PreTrainedModel, row: Row, cache: Cache, ids: torch.Tensor) -> dict:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    generator = torch.Generator().manual_seed(0)
-    shape = row.batch, row.context + 1
-    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
     result = {}
     if row.prefill:
         synchronize(model.device)
