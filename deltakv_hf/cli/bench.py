@@ -96,7 +96,7 @@ def generate(
         kind = pick_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
         if memory_gb is not None and place.type == "cuda":
             total = torch.cuda.get_device_properties(place).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / total), place)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / total), place.index)
         ids = None
         if shape is not None:
             loaded = shape_model(shape, place, kind)
