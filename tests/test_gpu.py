@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltakv_hf import DeltaKVCache, dispatch, reading
 from deltakv_hf.reading import StateReader
+from deltakv_hf.side_stream import SideStream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -154,6 +155,43 @@ def test_a_chunk_reads_a_long_past_in_parts(monkeypatch, dtype, make, padded):
         ids = inputs["input_ids"][:, :19]
         logits.append(model(ids, attention_mask=mask, past_key_values=cache).logits.float())
     assert (logits[0] - logits[1]).norm() < (1e-4 if dtype == torch.float32 else 3e-2) * logits[1].norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [{}, {"max_cache_len": 20100}], ids=["growing", "fixed"])
+def test_codes_made_beside_the_model_are_those_made_behind_it(model, monkeypatch, sizes):
+    compressor, ids = random_compressor(model), torch.randint(1, 1000, (1, 20000), device="cuda")
+    caches = [DeltaKVCache(model, compressor=compressor, **sizes) for _ in range(2)]
+    for _ in range(3):
+        model(ids, past_key_values=caches[0], logits_to_keep=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(SideStream, "run", lambda self, device, work, *read: work())
+            model(ids, past_key_values=caches[1], logits_to_keep=1)
+        for beside, behind in zip(*(cache.layers for cache in caches), strict=True):
+            assert_same_tensors(state_tensors(beside.state), state_tensors(behind.state))
+        for cache in caches:
+            cache.reset()
+
+
+@torch.no_grad()
+def test_a_forward_broken_off_beside_its_codes_is_taken_back(model, monkeypatch):
+    cache, ids = DeltaKVCache(model), torch.randint(1, 1000, (1, 20000), device="cuda")
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    for way_out in (cache.reset, lambda: cache.crop(-20000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[2].mlp, "forward", fail)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids, past_key_values=cache, logits_to_keep=1)
+        way_out()
+        assert cache.get_seq_length() == 0
+    fresh = DeltaKVCache(model)
+    for each in (cache, fresh):
+        model(ids, past_key_values=each, logits_to_keep=1)
+    for layer, other in zip(cache.layers, fresh.layers, strict=True):
+        assert_same_tensors(state_tensors(layer.state), state_tensors(other.state))
 
 
 SMALL_CACHE = dict(recent_window=32, block_size=16)
