@@ -168,7 +168,7 @@ def test_codes_made_beside_the_model_are_those_made_behind_it(model, monkeypatch
             patch.setattr(SideStream, "run", lambda self, device, work, *read: work())
             model(ids, past_key_values=caches[1], logits_to_keep=1)
         for beside, behind in zip(*(cache.layers for cache in caches), strict=True):
-            assert_same_tensors(state_tensors(beside.state), state_tensors(behind.state))
+            assert_same_tensors(state_tensors(beside), state_tensors(behind))
         for cache in caches:
             cache.reset()
 
@@ -191,7 +191,7 @@ def test_a_forward_broken_off_beside_its_codes_is_taken_back(model, monkeypatch)
     for each in (cache, fresh):
         model(ids, past_key_values=each, logits_to_keep=1)
     for layer, other in zip(cache.layers, fresh.layers, strict=True):
-        assert_same_tensors(state_tensors(layer.state), state_tensors(other.state))
+        assert_same_tensors(state_tensors(layer), state_tensors(other))
 
 
 SMALL_CACHE = dict(recent_window=32, block_size=16)
