@@ -10,6 +10,7 @@ from helpers import TIGHT
 from models import byte_llama, byte_tokenizer
 
 from deltakv_hf.cli import eval_fidelity, eval_tasks
+from deltakv_hf.evaluation import peers
 
 FIDELITY = ["--context", 300, "--predict", 20, "--windows", 2, "--device", "cpu"]
 TASKS = ["--length", 900, "--contexts", 2, "--device", "cpu"]
@@ -68,6 +69,26 @@ def test_tasks_are_scored_beside_the_full_cache(folder, tmp_path):
     assert rows[1]["items"] == len(rows[1]["per_item"]) == 8 and rows[1]["compressed_share"] > 0
 
 
+@pytest.mark.parametrize("command, arguments", [("fidelity", FIDELITY), ("tasks", ["passkey", *TASKS])])
+def test_peers_are_measured_and_their_bytes_counted(folder, tmp_path, monkeypatch, command, arguments):
+    monkeypatch.setitem(peers.PEERS, "kivi4", peers._kivi(4, 8))
+    out = tmp_path / "out.json"
+    result = run("eval", command, "--model", folder, *arguments, "--peer", "kivi4", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert "KIVI, 4 bits, groups of 8" in result.output and "DeltaKVCache" not in result.output
+    row = json.loads(out.read_text())["results"][-1]
+    # a float32 model: 8 bits a number of 32, and few tokens raw
+    assert row["peer"] == "kivi4" and 0.25 < row["stored_share"] < 0.28
+
+
+def test_predicted_tokens_may_come_in_chunks(folder, tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--options", json.dumps(TIGHT), "--predict-chunk", 4, "--json", out]
+    result = run("eval", "fidelity", "--model", folder, *FIDELITY, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["predict_chunk"] == 4
+
+
 def test_tasks_take_texts(folder, tmp_path):
     text, classes = tmp_path / "hay.txt", [tmp_path / "a.txt", tmp_path / "b.txt"]
     text.write_text("Hay and more hay. " * 9)
@@ -101,6 +122,8 @@ def test_an_interrupt_leaves_the_old_file(folder, tmp_path, monkeypatch, command
         (["--options", "[8]"], ["--options", "[8]", "object"]),
         (["--options", '{"nbits": 3}'], ["nbits", "2, 4, 8", 3]),
         (["--options", '{"nbit": 4}'], ["nbit", "Did you mean `nbits`?"]),
+        (["--peer", "kivy4"], ["peer", "Did you mean `kivi4`?"]),
+        (["--peer", "kivi4"], ["group_size", 32, "head dimension 8"]),
         (["--json", "missing/out.json"], ["--json", "missing/out.json"]),
         (["--dtype", "int8"], ["dtype", "int8"]),
     ],

@@ -43,6 +43,31 @@ def test_the_context_is_fed_in_chunks_but_to_the_full_cache(monkeypatch, chunk, 
     assert [cache.calls for cache in made] == [[40, 20], [*calls, 20]] * len(WINDOWS)
 
 
+@pytest.mark.parametrize("chunk, calls", [(0, [20]), (8, [8, 8, 4]), (20, [20]), (99, [20])])
+def test_what_is_predicted_is_fed_in_chunks_but_to_the_full_cache(chunk, calls):
+    caches = []
+
+    def make_cache():
+        caches.append(Recorder(tiny_model("llama").config))
+        return caches[-1]
+
+    result = measured(make_cache, predict_chunk=chunk)
+    assert [cache.calls for cache in caches] == [[40, *calls]] * len(WINDOWS)
+    assert abs(result.mean("kl")) < 1e-6
+
+
+def test_tokens_predicted_are_compressed_on_their_way():
+    model, made = tiny_model("llama"), []
+
+    def make_cache():
+        made.append(DeltaKVCache(model, **TIGHT))
+        return made[-1]
+
+    at_once, in_chunks = (measured(make_cache, WINDOWS[:1], predict_chunk=chunk) for chunk in (0, 4))
+    assert at_once.mean("kl") != in_chunks.mean("kl")
+    assert made[0].stats().forwards == 2 < made[1].stats().forwards == 6
+
+
 @pytest.mark.parametrize("chunk", [0, 7, 16])
 def test_the_full_cache_and_a_lossless_one_are_faithful(chunk):
     model = tiny_model("llama")
@@ -61,5 +86,6 @@ def test_later_chunks_attend_over_what_is_stored():
 
 
 def test_a_negative_chunk_is_refused():
-    with pytest.raises(InvalidOptionError, match="prefill_chunk.*-5"):
-        measured(lambda: full_cache(tiny_model("llama")), prefill_chunk=-5)
+    for name in ("prefill_chunk", "predict_chunk"):
+        with pytest.raises(InvalidOptionError, match=f"`{name}` must be 0.*-5"):
+            measured(lambda: full_cache(tiny_model("llama")), **{name: -5})

@@ -24,6 +24,12 @@ Compressor = Annotated[
     list[str] | None,
     typer.Option(help="A cache with this learned compressor: id on the Hub, folder or bundled name; may be repeated."),
 ]
+Peer = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A cache of others: kivi4, kivi4-g64, kivi2, quanto4, quanto2, hqq4 or hqq2; may be repeated.",
+    ),
+]
 Chunk = Annotated[int, typer.Option(min=0, metavar="N", help="Feed the context N tokens at a time; 0 is at once.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured here.")]
 
@@ -39,8 +45,12 @@ def fidelity(
     context: Annotated[int, typer.Option(min=1, help="Tokens stored before predicting.")] = 3072,
     predict: Annotated[int, typer.Option(min=2, help="Tokens predicted after them.")] = 1024,
     prefill_chunk: Chunk = 0,
+    predict_chunk: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Feed the tokens predicted N at a time; 0 is at once.")
+    ] = 0,
     options: Options = None,
     compressor: Compressor = None,
+    peer: Peer = None,
     device: Device = None,
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; in 16 bits the full cache differs from itself too.")
@@ -53,8 +63,9 @@ def fidelity(
         from .eval_fidelity import run_fidelity
         from .eval_setup import EvalSettings
 
-        settings = EvalSettings(model, options or [], compressor or [], device, dtype, threads, json_file)
-        run_fidelity(settings, text or [], windows, context, predict, prefill_chunk)
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
+        chunks = {"prefill_chunk": prefill_chunk, "predict_chunk": predict_chunk}
+        run_fidelity(settings, text or [], windows, context, predict, chunks)
 
 
 @eval_app.command()
@@ -75,6 +86,7 @@ def tasks(
     prefill_chunk: Chunk = 0,
     options: Options = None,
     compressor: Compressor = None,
+    peer: Peer = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -85,5 +97,5 @@ def tasks(
         from .eval_setup import EvalSettings
         from .eval_tasks import run_eval_tasks
 
-        settings = EvalSettings(model, options or [], compressor or [], device, dtype, threads, json_file)
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
         run_eval_tasks(settings, task or [], length or [1024], contexts, text, classes or [], prefill_chunk)

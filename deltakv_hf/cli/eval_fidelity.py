@@ -16,14 +16,14 @@ from .eval_setup import EvalSettings, prepare, print_compressor, progress, write
 
 
 def run_fidelity(
-    settings: EvalSettings, texts: list[Path], num_windows: int, context: int, predict: int, prefill_chunk: int
+    settings: EvalSettings, texts: list[Path], num_windows: int, context: int, predict: int, chunks: dict[str, int]
 ) -> None:
     """Measures, prints the table and writes the JSON."""
     model, tokenizer, caches = prepare(settings)
     texts = texts or [BUNDLED_TEXT]
     windows = [window for path in texts for window in text_windows(tokenizer, path, context + predict, num_windows)]
     makers = {name: lambda cache=cache: cache.make(model) for name, cache in caches.items()}
-    how = {"context": context, "prefill_chunk": prefill_chunk}
+    how = {"context": context} | chunks
     results = measure_fidelity(model, windows, makers, **how, progress=progress(f"windows: {len(windows)}"))
     dtype = str(model.dtype).removeprefix("torch.")
     title = f"{context:,} tokens stored, {predict:,} predicted, windows: {len(windows)}, {dtype}"

@@ -17,6 +17,7 @@ from ..cache import DeltaKVCache
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
 from ..evaluation.model import DEMO_MODEL, load_by_name
+from ..evaluation.peers import pick_peer
 from ..evaluation.steps import environment
 from ..files import write_atomically
 from ..hf_compat import Cache
@@ -31,6 +32,7 @@ class EvalSettings:
     model: str
     options: list[str]
     compressors: list[str]
+    peers: list[str]
     device: str | None
     dtype: str | None
     threads: int | None
@@ -43,7 +45,7 @@ class Candidate:
 
     Attributes:
         name: in tables.
-        source: where it comes from, for JSON: its options or its compressor.
+        source: where it comes from, for JSON: its options, its compressor or the peer's name.
         make: makes an empty one for a model.
     """
 
@@ -54,8 +56,9 @@ class Candidate:
 
 def candidates(settings: EvalSettings) -> list[Candidate]:
     """The caches asked for, or `DeltaKVCache` as it comes; none is made yet."""
-    texts = settings.options or ([] if settings.compressors else ["{}"])
+    texts = settings.options or ([] if settings.compressors or settings.peers else ["{}"])
     found = [_with_options(text) for text in texts] + [_with_compressor(name) for name in settings.compressors]
+    found += [_of_others(name) for name in settings.peers]
     return list({candidate.name: candidate for candidate in found}.values())
 
 
@@ -76,6 +79,11 @@ def _with_options(text: str) -> Candidate:
 def _with_compressor(name: str) -> Candidate:
     compressor = KVCompressor.from_pretrained(name)
     return Candidate(name, {"compressor": name}, lambda model: DeltaKVCache(model, compressor=compressor))
+
+
+def _of_others(name: str) -> Candidate:
+    peer = pick_peer(name)
+    return Candidate(peer.about, {"peer": name}, lambda model: peer.make(model.config))
 
 
 def prepare(settings: EvalSettings):

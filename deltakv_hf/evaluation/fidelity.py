@@ -3,7 +3,8 @@
 Protocol: a window's first `context` tokens are prefilled, then the rest is fed at once (teacher forcing) on top of the
 stored context, or one by one where a `selection` chooses in steps. Those logits are compared with those after a
 one-shot prefill into a `DynamicCache`. With `prefill_chunk` the context comes in several calls, so that all but the
-first attend over what is already stored.
+first attend over what is already stored; with `predict_chunk` so do the tokens behind it, which are compressed as they
+leave the window: what a long generation does.
 """
 
 from __future__ import annotations
@@ -81,15 +82,20 @@ class Fidelity:
 
 @torch.no_grad()
 def predict_after(
-    model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache, prefill_chunk: int = 0
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    context: int,
+    cache: Cache,
+    prefill_chunk: int = 0,
+    predict_chunk: int = 0,
 ) -> tuple[torch.Tensor, Shares]:
-    """Reads `ids` `[n]` in the calls of the protocol; the context in calls of `prefill_chunk` tokens, or in one (0).
+    """Reads `ids` `[n]` in the calls of the protocol: context and rest in calls of so many tokens each, or in one (0).
 
     Returns:
-        logits `[n - context, vocabulary]` of the last call, and the shares of dense bytes held before it.
+        logits `[n - context, vocabulary]` behind the context, and the shares of dense bytes held before them.
     """
     shares = prefill(model, ids[:context], cache, prefill_chunk)
-    return feed_behind(model, ids[context:], cache, len(ids) - context), shares
+    return feed_behind(model, ids[context:], cache, len(ids) - context, predict_chunk), shares
 
 
 def compare(
@@ -119,6 +125,7 @@ def measure_fidelity(
     *,
     context: int = 3072,
     prefill_chunk: int = 0,
+    predict_chunk: int = 0,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> dict[str, Fidelity]:
     """Runs the protocol for several caches; the full cache's logits are computed once per window.
@@ -129,12 +136,14 @@ def measure_fidelity(
         make_caches: a function that makes an empty cache, by name.
         context: tokens stored before predicting.
         prefill_chunk: tokens of each call that fills the caches measured, 0 for one call; the full cache gets one.
+        predict_chunk: the same of the tokens predicted.
         progress: wraps the iteration over windows (for a progress bar).
 
     Returns:
         a `Fidelity` by name.
     """
-    check_chunk(prefill_chunk)
+    check_chunk("prefill_chunk", prefill_chunk)
+    check_chunk("predict_chunk", predict_chunk)
     results = {name: [] for name in make_caches}
     for ids in progress(list(windows)):
         if ids.ndim != 1 or len(ids) < context + 2:
@@ -144,6 +153,6 @@ def measure_fidelity(
         for name, make_cache in make_caches.items():
             cache = make_cache()
             check_cache(name, cache)
-            logits, shares = predict_after(model, ids, context, cache, prefill_chunk)
+            logits, shares = predict_after(model, ids, context, cache, prefill_chunk, predict_chunk)
             results[name].append(WindowFidelity(*compare(logits[:-1], full_logits[:-1], targets), *shares))
     return {name: Fidelity(windows) for name, windows in results.items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import DeltaKVCache
 from ..errors import InvalidOptionError
+from .peers import stored_share
 
 
 class Shares(NamedTuple):
@@ -29,35 +30,37 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chu
     """Feeds `ids` `[n]` int64 in calls of `prefill_chunk` tokens, or in one (0).
 
     Returns:
-        the shares held then; all of it in caches that give no `memory_report`.
+        the shares held then; the full cache's is 1, of caches that give no `memory_report` all tensors are counted.
     """
     ids = ids.to(model.device).unsqueeze(0)
     for part in ids.split(prefill_chunk or ids.shape[1], dim=1):
         model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if not hasattr(cache, "memory_report"):
+    if isinstance(cache, DynamicCache):
         return Shares(1.0, 0.0)
+    if not hasattr(cache, "memory_report"):
+        return Shares(stored_share(model, cache), 0.0)
     report = cache.memory_report()
     return Shares(report.ratio, report.compressed_share, report.compressor_bytes, report.break_even_tokens or 0)
 
 
-def feed_behind(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, kept: int) -> torch.Tensor:
+def feed_behind(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, kept: int, block: int = 0) -> torch.Tensor:
     """Feeds `ids` `[n]` on top of what `cache` holds, and returns the last logits `[kept, vocabulary]`.
 
-    In one call, but for a cache with a `selection`, which chooses in steps of one token: they are fed one by one.
+    In one call, or in calls of `block` tokens; one by one with a `selection`, which chooses in steps of one token.
     """
     steps = isinstance(cache, DeltaKVCache) and cache.options.selection != "all"
-    parts = ids.to(model.device)[None].split(1 if steps else len(ids), dim=1)
+    parts = ids.to(model.device)[None].split(1 if steps else block or len(ids), dim=1)
     logits = [
         model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=min(kept, part.shape[1])).logits[0]
         for part in parts
     ]
-    return torch.cat(logits[-kept:])
+    return torch.cat(logits)[-kept:]
 
 
-def check_chunk(prefill_chunk: int) -> None:
+def check_chunk(name: str, num_tokens: int) -> None:
     """Raises `InvalidOptionError` for a negative number."""
-    if prefill_chunk < 0:
-        raise InvalidOptionError(f"`prefill_chunk` must be 0 (one call) or positive, got {prefill_chunk}.")
+    if num_tokens < 0:
+        raise InvalidOptionError(f"`{name}` must be 0 (one call) or positive, got {num_tokens}.")
 
 
 def check_cache(name: str, cache: object) -> None:

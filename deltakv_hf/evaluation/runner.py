@@ -49,7 +49,7 @@ def run_tasks(
     Raises:
         InvalidOptionError: a length is too small for a task or too large for the model, or an argument is empty.
     """
-    check_chunk(prefill_chunk)
+    check_chunk("prefill_chunk", prefill_chunk)
     seeds, sources = list(seeds), sources or read_sources()
     for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
         if not given:

@@ -1,0 +1,105 @@
+"""Caches of others that run in the same process, by name, and the bytes that they hold."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from transformers import PreTrainedModel, QuantizedCache
+
+from ..errors import InvalidOptionError
+from ..hf_compat import Cache
+from ..memory import held_bytes
+from .kivi import KiviCache
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A cache to measure against.
+
+    Attributes:
+        about: what it is, with its settings.
+        make: makes an empty one from a model's config.
+        module, package: what it imports and what is to be installed for that, or None.
+    """
+
+    about: str
+    make: Callable[..., Cache]
+    module: str | None = None
+    package: str | None = None
+
+
+def _kivi(nbits: int, group_size: int) -> Peer:
+    options = {"nbits": nbits, "group_size": group_size, "residual_length": group_size}
+    return Peer(f"KIVI, {nbits} bits, groups of {group_size}", lambda config: KiviCache(config, **options))
+
+
+def _quantized(backend: str, nbits: int, axis: int, module: str, package: str) -> Peer:
+    # the axes that the host's documentation names for each; all else as it comes
+    options = {"nbits": nbits, "axis_key": axis, "axis_value": axis}
+    about = f"transformers' QuantizedCache, {backend}, {nbits} bits"
+    return Peer(about, lambda config: QuantizedCache(backend, config, **options), module, package)
+
+
+PEERS = {
+    "kivi4": _kivi(4, 32),
+    "kivi4-g64": _kivi(4, 64),
+    "kivi2": _kivi(2, 32),
+    "quanto4": _quantized("quanto", 4, 0, "optimum.quanto", "optimum-quanto"),
+    "quanto2": _quantized("quanto", 2, 0, "optimum.quanto", "optimum-quanto"),
+    "hqq4": _quantized("hqq", 4, 1, "hqq", "hqq"),
+    "hqq2": _quantized("hqq", 2, 1, "hqq", "hqq"),
+}
+
+
+def pick_peer(name: str) -> Peer:
+    """The peer called `name`.
+
+    Raises:
+        InvalidOptionError: there is none, or its package is not installed.
+    """
+    if name not in PEERS:
+        near = difflib.get_close_matches(name, PEERS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise InvalidOptionError(f"`peer` must be one of {', '.join(PEERS)}, got {name!r}.{hint}")
+    peer = PEERS[name]
+    if peer.module and not _importable(peer.module):
+        raise InvalidOptionError(
+            f"`peer` must be one whose package is installed, got {name!r}, which needs `{peer.package}`: "
+            f"pip install {peer.package}"
+        )
+    return peer
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def stored_share(model: PreTrainedModel, cache: Cache) -> float:
+    """Bytes of all tensors that the layers of `cache` hold, over those of a dense cache of its tokens (one row)."""
+    text = model.config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
+    held = held_bytes([tensor for layer in cache.layers for tensor in _plain_tensors(vars(layer))])
+    return held / (cache.get_seq_length() * token_bytes)
+
+
+def _plain_tensors(held: object) -> Iterator[torch.Tensor]:
+    """The plain tensors in `held`: of dicts, sequences, and tensors that are made of others, as quanto's are."""
+    if isinstance(held, torch.Tensor):
+        if type(held) is not torch.Tensor and hasattr(held, "__tensor_flatten__"):
+            yield from _plain_tensors([getattr(held, name) for name in held.__tensor_flatten__()[0]])
+        else:
+            yield held
+    elif isinstance(held, dict):
+        yield from _plain_tensors(list(held.values()))
+    elif isinstance(held, (list, tuple)):
+        for part in held:
+            yield from _plain_tensors(part)
