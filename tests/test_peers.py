@@ -1,6 +1,7 @@
 """Caches of others, as the evaluation measures them: what KIVI stores, and how bytes are counted."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
-from transformers import LlamaConfig, StaticCache
+from transformers import LlamaConfig, QuantizedCache, StaticCache
 
 from deltakv_hf import InvalidOptionError
 from deltakv_hf.dispatch import dequantize, quantize
@@ -90,6 +91,19 @@ def test_a_copy_is_its_own_and_a_reset_forgets():
     assert torch.equal(*behind)
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(model(prompt(1, 70), past_key_values=cache).logits, first)
+
+
+def test_a_quantized_cache_is_copied_without_its_tensors_which_cannot_be():
+    class Packed:
+        def __deepcopy__(self, memo):
+            raise RuntimeError("as quanto's tensors do")
+
+    cache = QuantizedCache.__new__(QuantizedCache)
+    cache.layers = [SimpleNamespace(keys=Packed(), cumulative_length=3)]
+    other = peers.copy_cache(cache)
+    assert other.layers[0].keys is cache.layers[0].keys
+    other.layers[0].keys, other.layers[0].cumulative_length = None, 4
+    assert cache.layers[0].keys is not None and cache.layers[0].cumulative_length == 3
 
 
 @pytest.mark.parametrize("call", ["crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"])

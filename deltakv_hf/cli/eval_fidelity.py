@@ -12,7 +12,7 @@ from ..evaluation.fidelity import Fidelity, measure_fidelity
 from ..evaluation.texts import BUNDLED_TEXT
 from ..evaluation.windows import text_windows
 from .console import console
-from .eval_setup import EvalSettings, prepare, print_compressor, progress, write_result
+from .eval_setup import EvalSettings, own_share, prepare, print_compressor, progress, write_result
 
 
 def run_fidelity(
@@ -52,6 +52,13 @@ def fidelity_table(title: str, results: dict[str, Fidelity]) -> Table:
         kl = f"{fidelity.mean('kl'):.5f}"
         if len(fidelity.windows) > 1:
             kl += f" ± {fidelity.standard_error('kl'):.5f}"
-        shares = [f"{fidelity.mean(share):.1%}" for share in ("stored_share", "compressed_share")]
-        table.add_row(escape(name), kl, f"{fidelity.mean('top1'):.2%}", f"{fidelity.nll_change:+.3%}", *shares)
+        stored, compressed = (fidelity.mean(share) for share in ("stored_share", "compressed_share"))
+        table.add_row(
+            escape(name),
+            kl,
+            f"{fidelity.mean('top1'):.2%}",
+            f"{fidelity.nll_change:+.3%}",
+            f"{stored:.1%}",
+            own_share(compressed),
+        )
     return table

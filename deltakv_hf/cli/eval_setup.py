@@ -109,6 +109,11 @@ def print_compressor(name: str, num_bytes: float, break_even_tokens: float) -> N
         console.print(f"{name}: the compressor itself, shared by all caches, takes {size(num_bytes)}, {even}.")
 
 
+def own_share(share: float) -> str:
+    """Of compressed tokens alone; nothing for caches that do not tell them apart."""
+    return f"{share:.1%}" if share else ""
+
+
 def progress(description: str) -> Callable:
     """A bar over an iteration."""
     return partial(track, description=description, console=console)

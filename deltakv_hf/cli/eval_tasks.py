@@ -13,7 +13,7 @@ from ..evaluation.runner import FULL, run_tasks
 from ..evaluation.scores import TaskScores
 from ..evaluation.tasks import Task, pick_tasks
 from .console import console
-from .eval_setup import EvalSettings, prepare, print_compressor, progress, write_result
+from .eval_setup import EvalSettings, own_share, prepare, print_compressor, progress, write_result
 
 NOTE = (
     "EM: share of items whose answer is right in every token; tokens: share of right answer tokens. Below them: 95 % "
@@ -82,7 +82,7 @@ def _cells(summary: dict, full: bool) -> list[str]:
     star = "" if low <= 0 <= high else "*"
     change = f"{_short(summary['em_change'], '+.3f')}\n{_short(low, '+.2f')} to {_short(high, '+.2f')}{star}"
     nll += f"\n{_short(summary['nll_change'], '+.3f')} ± {_short(summary['nll_change_se'], '.3f')}"
-    return [em, change, tokens, nll, f"{summary['stored_share']:.1%}\n{summary['compressed_share']:.1%}"]
+    return [em, change, tokens, nll, f"{summary['stored_share']:.1%}\n{own_share(summary['compressed_share'])}"]
 
 
 def _short(value: float, form: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,6 +90,16 @@ def stored_share(model: PreTrainedModel, cache: Cache) -> float:
     token_bytes = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
     held = held_bytes([tensor for layer in cache.layers for tensor in _plain_tensors(vars(layer))])
     return held / (cache.get_seq_length() * token_bytes)
+
+
+def copy_cache(cache: Cache) -> Cache:
+    """A copy that may be fed while `cache` stays as it is."""
+    if not isinstance(cache, QuantizedCache):
+        return copy.deepcopy(cache)
+    # quanto's tensors cannot be copied, and need not be: the host puts others in their place
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def _plain_tensors(held: object) -> Iterator[torch.Tensor]:

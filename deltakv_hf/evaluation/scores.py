@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from .intervals import paired_difference, wilson
 from .items import Item
+from .peers import copy_cache
 from .prefill import Shares, feed_behind
 
 
@@ -36,7 +36,7 @@ def score_item(model: PreTrainedModel, cache: Cache, item: Item) -> ItemScore:
     A copy rather than a crop: it is exact for every cache, windows and linear layers of the host included.
     """
     fed = torch.tensor(item.question + item.answer[:-1])
-    logits = feed_behind(model, fed, copy.deepcopy(cache), len(item.answer)).float()
+    logits = feed_behind(model, fed, copy_cache(cache), len(item.answer)).float()
     answer = torch.tensor(item.answer, device=model.device)
     hits = logits.argmax(-1) == answer
     nll = torch.nn.functional.cross_entropy(logits, answer)
