@@ -2,13 +2,16 @@
 
 from typer.testing import CliRunner
 
+from deltakv_hf.cli.console import console
 from deltakv_hf.cli.main import app
+
+# tables are fitted to the console, which takes the width of the terminal when it is imported: pytest-xdist says 80
+console.width = 120
 
 
 def run(*arguments):
     """The result of a command."""
-    # a live table is fitted to the width of the terminal
-    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_refused(result, *words):

@@ -75,7 +75,7 @@ def test_peers_are_measured_and_their_bytes_counted(folder, tmp_path, monkeypatc
     out = tmp_path / "out.json"
     result = run("eval", command, "--model", folder, *arguments, "--peer", "kivi4", "--json", out)
     assert result.exit_code == 0, result.output
-    assert "KIVI, 4 bits," in result.output and "DeltaKVCache" not in result.output
+    assert "KIVI, 4 bits, groups of 8" in result.output and "DeltaKVCache" not in result.output
     row = json.loads(out.read_text())["results"][-1]
     # a float32 model: 8 bits a number of 32, and few tokens raw
     assert row["peer"] == "kivi4" and 0.25 < row["stored_share"] < 0.28
