@@ -45,7 +45,8 @@ def integers(names: str, whole: str = "") -> dict[str, str]:
 
 NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32", "known_found": "*i32"}
 NEAREST |= integers("num_tokens num_references part_size", "width")
-ASSIGN = {"table": "*i16", "codes": "*u8"} | dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
+ASSIGN = {"table": "*i16", "codes": "*u8", "vectors": "*fp16"}
+ASSIGN |= dict.fromkeys("first_component first_entry first_block sizes byte_idx".split(), "*i32")
 ASSIGN |= integers("num_tokens num_components num_bytes first_group")
 PICK = {"table": "*i16", "codes": "*u8", "group_idx": "*i32"}
 PICK |= dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
@@ -106,9 +107,10 @@ def kernels(capability: int):
         options = {"num_warps": num_warps, "enable_fp_fusion": False}
         yield round_rows.round_kernel, ROUND, {"BLOCK": block}, options
     yield vector_dequantize.pick_kernel, PICK, dict(vector_dequantize.TILE), {}
-    for is_long, in_bits in ((False, False), (True, False), (False, True), (True, True)):
-        constants = {"IS_LONG": is_long, "IN_BITS": in_bits, "TOKENS": vector_quantize.TOKENS}
-        yield vector_quantize.assign_kernel, ASSIGN, constants | vector_quantize.TILE, {}
+    yield vector_quantize.vectors_kernel, ASSIGN, {}, {}
+    for is_long in (False, True):
+        constants = {"IS_LONG": is_long, "TOKENS": vector_quantize.TOKENS} | vector_quantize.tile(capability, is_long)
+        yield vector_quantize.assign_kernel, ASSIGN, constants, {}
     for has_references in (True, False):
         constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
         yield attend_kernels.decode_kernel, DECODE, constants | decoding.DECODE_TILE, {}

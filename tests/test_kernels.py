@@ -15,9 +15,10 @@ from helpers import poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltakv_hf import InvalidOptionError, dispatch
+from deltakv_hf import InvalidOptionError, KVCompressor, dispatch
 from deltakv_hf.compressor.codebook import Codebook
 from deltakv_hf.compressor.vectors import token_vectors
+from deltakv_hf.hub import bundled
 from deltakv_hf.kernels import reference
 
 pytest.importorskip("triton")
@@ -170,6 +171,31 @@ def test_vectors_are_those_of_the_reference(assignment):
     placed = codes.to(DEVICE), *placed[1:3], scale.to(DEVICE)
     for memory in (None, scratch.to(DEVICE)):
         assert torch.equal(dispatch.vector_dequantize(*placed, memory, backend="triton").cpu(), back)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("most, is_near", [(100, True), (0, True), (None, False)])
+def test_vectors_that_are_far_from_part_of_the_grid_are_found_too(size, most, is_near):
+    """A kernel orders distances by 24 bits, which those to vectors at one corner of the grid alone do not fit."""
+    limit = dispatch.grid_limit(size)
+    table = torch.randint(limit - 3, limit + 1, (2, 256, size), generator=torch.Generator().manual_seed(0))
+    if most is not None:
+        table[:, 17] = most
+    steps, starts = [torch.full((2,), 0.5)], [1]
+    x = torch.randn(1, 50, 2 * size + 1, generator=torch.Generator().manual_seed(1)) * limit / 2
+    assert dispatch.group_runs(starts, [table], steps).is_near == is_near
+    expected = dispatch.vector_quantize(x, starts, [table], steps, backend="reference")
+    placed = x.to(DEVICE), starts, [table.to(DEVICE)], [steps[0].to(DEVICE)]
+    assert torch.equal(dispatch.vector_quantize(*placed, backend="triton").cpu(), expected)
+
+
+@pytest.mark.parametrize("folder", bundled(), ids=lambda folder: folder.name)
+def test_all_vectors_of_the_bundled_compressors_are_near(folder):
+    """None of their layers is quantized without the kernel."""
+    compressor = KVCompressor.from_pretrained(folder)
+    for layer_idx, layer in enumerate(compressor.config["layers"]):
+        transform = compressor.layer(layer_idx, *layer["widths"], torch.device("cpu")).transform
+        assert transform.reference_codebook.groups.is_near and transform.residual_codebook.groups.is_near
 
 
 def random_book(draw, generator: torch.Generator, components: int) -> Codebook:

@@ -94,4 +94,4 @@ class Codebook:
     def tensors(self) -> list[torch.Tensor]:
         """What is held."""
         made = self.__dict__.get("groups", ())
-        return [*self.tables, *self.steps, self.scale, *made[:8]]
+        return [*self.tables, *self.steps, self.scale, *made[:9]]

@@ -14,8 +14,10 @@ import torch
 
 # tokens searched at once, on a GPU more; a distance is kept for each of 256 vectors of every group
 TOKEN_TILE = {"cpu": 512, "cuda": 4096}
-# numbers that a kernel multiplies at once
-SHORT = 12
+# numbers that a kernel multiplies at once, of its blocks after the first twice as many
+SHORT = 8
+# a kernel moves distances up by 2**23 + size * limit**2, made a whole number of these
+OFFSET_STEP = 8192
 
 
 def grid_limit(size: int) -> int:
@@ -32,8 +34,10 @@ class Groups(NamedTuple):
         first_component, first_entry, size, byte_idx: `[groups]` int32.
         step, limit: `[groups]` float32, the grid's.
         group_idx: `[components up to the last coded]` int32, the group of each component; -1 where there is none.
-        classes: first group, number of groups, whether vectors have more than `SHORT` numbers, and whether a distance
-            and the number of a vector fit into 31 bits.
+        first_block: `[groups]` int32, the first of a group's blocks, in each of which a kernel multiplies 16 places.
+        num_blocks: of all groups.
+        classes: first group, number of groups, and whether their vectors have more than `SHORT` numbers.
+        is_near: whether every point of every grid has a vector so near that a kernel's distance to it is exact.
     """
 
     table: torch.Tensor
@@ -44,7 +48,10 @@ class Groups(NamedTuple):
     step: torch.Tensor
     limit: torch.Tensor
     group_idx: torch.Tensor
-    classes: list[tuple[int, int, bool, bool]]
+    first_block: torch.Tensor
+    num_blocks: int
+    classes: list[tuple[int, int, bool]]
+    is_near: bool
 
 
 def group_runs(starts: list[int], tables: list[torch.Tensor], steps: list[torch.Tensor]) -> Groups:
@@ -52,25 +59,40 @@ def group_runs(starts: list[int], tables: list[torch.Tensor], steps: list[torch.
     rows, entry, byte = [], 0, 0
     for start, table in zip(starts, tables, strict=True):
         groups, _, size = table.shape
-        limit = grid_limit(size)
-        kind = size > SHORT, 3 * size * limit**2 < 2**22
         for group in range(groups):
-            rows.append((*kind, start + group * size, entry + group * 256 * size, size, byte + group, limit))
+            place = start + group * size, entry + group * 256 * size
+            rows.append((size > SHORT, *place, size, byte + group, grid_limit(size)))
         entry, byte = entry + table.numel(), byte + groups
     rows.sort()
     classes, place = [], 0
-    for kind, members in groupby(rows, lambda row: row[:2]):
-        classes.append((place, len(list(members)), *kind))
+    for is_long, members in groupby(rows, lambda row: row[0]):
+        classes.append((place, len(list(members)), is_long))
         place += classes[-1][1]
     device = steps[0].device if steps else None
-    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 7)[:, 2:].T.contiguous().to(device)
+    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 6)[:, 1:].T.contiguous().to(device)
     byte_idx, limits = columns[3:]
     step = torch.cat(steps)[byte_idx.long()] if steps else limits.float()
     table = torch.cat([part.flatten().short() for part in tables]) if tables else limits.short()
-    group_idx = torch.full((max((row[2] + row[4] for row in rows), default=0),), -1, dtype=torch.int32)
+    group_idx = torch.full((max((row[1] + row[3] for row in rows), default=0),), -1, dtype=torch.int32)
     for group, row in enumerate(rows):
-        group_idx[row[2] : row[2] + row[4]] = group
-    return Groups(table, *columns[:4], step, limits.float(), group_idx.to(device), classes)
+        group_idx[row[1] : row[1] + row[3]] = group
+    num_blocks = torch.tensor([1 + -(-max(0, row[3] - SHORT) // (2 * SHORT)) for row in rows], dtype=torch.int32)
+    first_block = (num_blocks.cumsum(0) - num_blocks).int().to(device)
+    return Groups(
+        *(table, *columns[:4], step, limits.float(), group_idx.to(device), first_block, int(num_blocks.sum())),
+        *(classes, all(map(_is_near, tables))),
+    )
+
+
+def _is_near(table: torch.Tensor) -> bool:
+    """Whether some vector of each group, `[groups, 256, size]`, is near to all of the grid; see `Groups`."""
+    size = table.shape[2]
+    limit = grid_limit(size)
+    offset = 2**23 + OFFSET_STEP * (size * limit**2 // OFFSET_STEP + 1)
+    sizes = table.abs().double()
+    # |c|^2 - 2xc is no more
+    most = sizes.square().sum(-1) + 2 * limit * sizes.sum(-1)
+    return bool((most.amin(-1) + offset < 2**24).all())
 
 
 def vector_quantize(
