@@ -77,7 +77,17 @@ class TrainingSettings:
 
     @classmethod
     def from_options(cls, options: dict) -> TrainingSettings:
-        """Makes settings from keyword options, refusing unknown names with the nearest known one."""
+        """Makes settings from keyword options, refusing unknown names with the nearest known one.
+
+        Args:
+            options: values by the name of a field.
+
+        Returns:
+            The settings.
+
+        Raises:
+            InvalidOptionError: a name is unknown or a value out of range.
+        """
         refuse_unknown(options, [field.name for field in fields(cls)])
         return cls(**options)
 
