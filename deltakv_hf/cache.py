@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -110,12 +111,12 @@ class DeltaKVCache(StaticModelCache):
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path,
+        id_or_path: str | os.PathLike,
         *,
         model: PreTrainedModel | PretrainedConfig,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir=None,
+        cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
         **options,
@@ -154,7 +155,7 @@ class DeltaKVCache(StaticModelCache):
     @classmethod
     def load(
         cls,
-        path,
+        path: str | os.PathLike,
         model: PreTrainedModel | PretrainedConfig,
         input_ids: torch.Tensor | None = None,
         *,

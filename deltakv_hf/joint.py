@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -112,7 +113,7 @@ class JointEncodedCache(ModelCache):
     @classmethod
     def load(
         cls,
-        path,
+        path: str | os.PathLike,
         model: PreTrainedModel | PretrainedConfig,
         input_ids: torch.Tensor | None = None,
         *,

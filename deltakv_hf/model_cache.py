@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import abstractmethod
 
@@ -279,7 +280,12 @@ class ModelCache(CompressedCache):
         fill(made, cache, attention_mask, position_ids)
         return made
 
-    def save(self, path, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
         """Writes everything held to one safetensors file, whole or not at all; the cache stays as it is.
 
         Args:
