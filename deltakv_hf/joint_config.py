@@ -18,7 +18,7 @@ LARGEST_ERROR = 0.95
 
 @dataclass(frozen=True)
 class JointEncodingConfig:
-    """Options of `JointEncodedCache`. By default equal blocks are stored once and nothing is lost.
+    """Options of `JointEncodedCache` (arXiv 2601.03067). By default equal blocks are stored once and nothing is lost.
 
     Args:
         block_size: tokens of a block (>= 1); what a row has beyond its last whole block is its own. With a compressor

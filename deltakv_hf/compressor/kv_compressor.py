@@ -42,9 +42,6 @@ class KVCompressor:
         name: where it came from, for messages.
 
     Attributes:
-        config: what `config.json` of its folder says.
-        tensors: CPU tensors by name.
-        name: where it came from, for messages.
         report: figures of a compressor that was calibrated in this process, else None.
 
     Raises:
@@ -281,7 +278,7 @@ class KVCompressor:
 
     @property
     def share(self) -> float:
-        """Those bytes over the same token's in a 16-bit cache."""
+        """Bytes of a compressed token over those of the same token in a 16-bit cache."""
         dense = sum(2 * sum(layer["widths"]) for layer in self.config["layers"] if layer is not None)
         return self.bytes_per_token() / dense
 
