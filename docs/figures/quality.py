@@ -51,7 +51,7 @@ def main() -> None:
     axes.set(xlabel="whole cache, % of the full cache's bytes (16 bits)", ylabel="KL to the full cache, nats")
     axes.set(yscale="log", xlim=(0, 70))
     tidy(axes)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     write(figure, "quality")
 
 
