@@ -11,7 +11,7 @@ OLDEST_TESTS := $(addprefix tests/test_, attach.py attention.py base_model.py ba
 	compatibility.py conversion.py crop.py default_cache.py errors.py host_contract.py host_questions.py hub.py lazy.py lossless.py \
 	model_card.py padding.py saving.py state.py static.py task_scores.py)
 
-.PHONY: help demo test test-oldest compatibility style format clean
+.PHONY: help demo test test-oldest docs figures compatibility reference style format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -30,8 +30,19 @@ test-oldest: $(OLDEST)/.installed ## run those that depend on the host with the 
 	DELTAKV_EXPECT_TRANSFORMERS=$$(sed -n 's/^transformers==//p' requirements-oldest.txt) \
 	$(VENV)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
 
+# strict: a broken link, an anchor that is not there or a page outside of the contents is an error
+docs: $(STAMP) ## build the pages as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# reads the demo model; memory.py takes minutes
+figures: $(STAMP) ## draw the pictures of the pages again
+	for script in layout residuals blocks memory quality; do $(VENV)/bin/python docs/figures/$$script.py || exit 1; done
+
 compatibility: $(STAMP) ## write docs/compatibility.md from what the tests declare
 	$(VENV)/bin/python tests/compatibility.py
+
+reference: $(STAMP) ## write docs/reference/cli.md from the commands
+	$(VENV)/bin/python tests/cli_reference.py
 
 style: $(STAMP) ## check style, change nothing
 	$(VENV)/bin/python -m ruff check .
@@ -42,7 +53,7 @@ format: $(STAMP) ## repair style in place
 	$(VENV)/bin/python -m ruff format .
 
 clean: ## remove everything made here, the environment included
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache deltakv-demo*.png
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache deltakv-demo*.png
 	find deltakv_hf kernels tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp goes first and comes back last, so a set-up that failed or was interrupted runs again.

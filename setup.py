@@ -16,6 +16,9 @@ DEV = [
     *["setuptools>=77", "wheel"],
 ]
 
+# the pages as a site
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="deltakv-hf",
     version=VERSION,
@@ -47,7 +50,7 @@ setup(
         "transformers>=5.17,<6",
         "triton>=3.4; platform_system == 'Linux'",
     ],
-    extras_require={"demo": DEMO, "eval": DEMO, "dev": DEMO + DEV},
+    extras_require={"demo": DEMO, "eval": DEMO, "docs": DOCS, "dev": DEMO + DEV + DOCS},
     # kernels/ has no __init__.py and is no package of its own: a top-level `kernels` would shadow the distribution of
     # that name which transformers imports. In a wheel its folders become deltakv_hf.kernels.*.
     packages=[

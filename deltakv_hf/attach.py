@@ -77,7 +77,18 @@ def attach(model: PreTrainedModel) -> dict[int, LayerProbe]:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Removes every hook of this package from `model`; caches made for it raise on their next use."""
+    """Removes every hook of this package from a model; caches made for it raise on their next use.
+
+    Args:
+        model: that caches were made for (wrappers by PEFT or `torch.compile` are looked through).
+
+    Raises:
+        UnsupportedModelError: it is no `transformers` model.
+
+    Examples:
+        >>> detach(model)
+        >>> cache.crop(0)  # a cache that is there already keeps what it holds
+    """
     root = unwrap(model)
     for module in root.modules():
         for key, hook in list(module._forward_pre_hooks.items()):

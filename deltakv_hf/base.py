@@ -47,7 +47,15 @@ class CompressedCache(Cache):
         """Called by the hook on the model before a forward with this cache.
 
         Args:
+            module: the model, or the text decoder inside it.
+            attention_mask: `[batch, columns]`, 0 at padding; None and masks of other forms say nothing of padding.
+            input_ids: `[batch, q]` int64 of this call, or None.
+            use_cache: what the call says.
+            position_ids: `[1 or batch, q]` int64 of this call, or None.
             is_text: the model is given nothing else that keys and values could depend on.
+
+        Raises:
+            CacheStateError: the last forward was broken off, or `use_cache=False` would feed the text twice.
         """
         if use_cache is False and input_ids is not None and 0 < self.get_seq_length() == input_ids.shape[-1] - 1:
             raise CacheStateError(
@@ -80,18 +88,22 @@ class CompressedCache(Cache):
     # -- what linear layers of the host ask in every forward, noted ------------------------------------------------
 
     def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
+        """See `transformers.Cache.has_previous_state`."""
         self._touch(layer_idx)
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, *args, **kwargs) -> torch.Tensor | None:
+        """See `transformers.Cache.get_conv_state`."""
         self._touch(layer_idx)
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
     def get_recurrent_state(self, layer_idx: int, *args, **kwargs) -> torch.Tensor | None:
+        """See `transformers.Cache.get_recurrent_state`."""
         self._touch(layer_idx)
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """See `transformers.Cache.update_conv_state`."""
         self._touch(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
@@ -106,6 +118,9 @@ class CompressedCache(Cache):
 
         Raw tokens go without a trace. Beyond them the compressed tokens that stay keep their codes. After a forward
         that was broken off, a crop to its beginning or further makes the cache whole again.
+
+        Args:
+            tokens_to_remove: 0 or minus the number of columns to remove; more than there are leaves none.
 
         Raises:
             InvalidOptionError: a positive number.
@@ -177,15 +192,39 @@ class CompressedCache(Cache):
         self._ledger.reset(stats)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` becomes the old row `beam_idx[i]` (beam search)."""
+        """Row `i` becomes the old row `beam_idx[i]` (beam search).
+
+        Args:
+            beam_idx: `[new batch]` int64.
+
+        Raises:
+            InvalidOptionError: there is no such row.
+            CacheStateError: the last forward was broken off.
+        """
         self._select("reorder_cache", beam_idx, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps rows `indices`, in that order."""
+        """Keeps some rows.
+
+        Args:
+            indices: `[new batch]` int64, the rows in their new order, or `[batch]` bool.
+
+        Raises:
+            InvalidOptionError: there is no such row.
+            CacheStateError: the last forward was broken off.
+        """
         self._select("batch_select_indices", indices, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row becomes `repeats` rows next to each other."""
+        """Every row becomes several rows next to each other.
+
+        Args:
+            repeats: how many (>= 1).
+
+        Raises:
+            InvalidOptionError: less than one.
+            CacheStateError: the last forward was broken off.
+        """
         if repeats < 1:
             raise InvalidOptionError(f"`repeats` must be 1 or more, got {repeats}.")
         rows = torch.arange(self._ledger.batch_size).repeat_interleave(repeats)
@@ -248,6 +287,10 @@ class CompressedCache(Cache):
         return len(layers) > 0 and all(layer.is_initialized for layer in layers)
 
     def stats(self) -> CacheStats:
-        """What the cache has done so far."""
+        """What the cache has done so far.
+
+        Returns:
+            Counts since it was made or reset.
+        """
         self._catch_up()
         return replace(self._ledger.stats, selection=selection_stats([layer.selector for layer in self.own_layers]))

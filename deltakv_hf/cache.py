@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -44,13 +45,14 @@ class DeltaKVCache(StaticModelCache):
         InvalidOptionError: an option is unknown or out of range.
         UnsupportedModelError: the model's attention cannot be served.
 
-    Example:
-
-    ```python
-    cache = DeltaKVCache(model)
-    out = model.generate(**inputs, past_key_values=cache)
-    print(cache.memory_report())
-    ```
+    Examples:
+        >>> cache = DeltaKVCache(model)
+        >>> out = model.generate(**inputs, past_key_values=cache, max_new_tokens=8)
+        >>> cache
+        DeltaKVCache(2 of 2 layers compressed, 519 tokens seen)
+        >>> cache.crop(-7)  # takes back all but the first new token
+        >>> cache.get_seq_length()
+        512
     """
 
     def __init__(
@@ -92,6 +94,9 @@ class DeltaKVCache(StaticModelCache):
 
         What is held moves, with both rooms in memory for one layer at a time; the model's step is compiled anew.
 
+        Args:
+            max_cache_len: columns that there shall be room for.
+
         Raises:
             InvalidOptionError: not that many columns can be, more are held, or the cache grows by itself.
         """
@@ -106,12 +111,12 @@ class DeltaKVCache(StaticModelCache):
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path,
+        id_or_path: str | os.PathLike,
         *,
         model: PreTrainedModel | PretrainedConfig,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir=None,
+        cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
         **options,
@@ -121,11 +126,21 @@ class DeltaKVCache(StaticModelCache):
         For many caches load it once: `DeltaKVCache(model, compressor=KVCompressor.from_pretrained(...))`.
 
         Args:
-            id_or_path, revision, token, cache_dir, local_files_only, force_download: as `KVCompressor.from_pretrained`.
-            model, **options: as for `DeltaKVCache`.
+            id_or_path: as for `KVCompressor.from_pretrained`, like the next five.
+            model: as for `DeltaKVCache`.
+            revision: branch, tag or commit on the Hub (None: main).
+            token: for the Hub (None: the one that was logged in with).
+            cache_dir: where downloads are kept (None: the cache that all of `huggingface_hub` uses).
+            local_files_only: take what was downloaded before and ask nobody.
+            force_download: download again what is there already.
+            **options: as for `DeltaKVCache`.
+
+        Returns:
+            An empty cache.
 
         Raises:
             CompressorError: there is none, it is damaged, or it was made for a model of another architecture.
+            InvalidOptionError: an option is unknown, out of range or fixed by the compressor.
         """
         compressor = KVCompressor.from_pretrained(
             id_or_path,
@@ -140,7 +155,7 @@ class DeltaKVCache(StaticModelCache):
     @classmethod
     def load(
         cls,
-        path,
+        path: str | os.PathLike,
         model: PreTrainedModel | PretrainedConfig,
         input_ids: torch.Tensor | None = None,
         *,
@@ -156,8 +171,9 @@ class DeltaKVCache(StaticModelCache):
             model: the model (or bare config) of the saved cache, in this process.
             input_ids: `[batch, at least the saved columns]`; refused unless they begin with the ids in the file.
             compressor: the one that the saved cache used, if it used one; it is not in the file.
-            offloading, offload_only_non_sliding, max_cache_len: as for `DeltaKVCache`; the saved cache may have been of
-                another size, or of none.
+            offloading: as for `DeltaKVCache`.
+            offload_only_non_sliding: as for `DeltaKVCache`.
+            max_cache_len: as for `DeltaKVCache`; the saved cache may have been of another size, or of none.
 
         Returns:
             A cache in memory of its own, on the devices where the layers of `model` run. Its `saved_prompt` is the

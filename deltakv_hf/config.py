@@ -50,6 +50,17 @@ class DeltaKVConfig:
             `block_size` must be a multiple of 32 then.
         sample_every: one of so many such steps also reads everything, for `cache.stats()` to tell what the others miss
             (>= 0; 0: none).
+
+    Raises:
+        InvalidOptionError: a value is out of range; the message names it.
+
+    Examples:
+        >>> DeltaKVConfig(recent_window=64).nbits
+        4
+        >>> DeltaKVConfig(nbits=3)
+        Traceback (most recent call last):
+        ...
+        deltakv_hf.errors.InvalidOptionError: `nbits` must be one of 2, 4, 8, got 3.
     """
 
     num_sink_tokens: int = 4
@@ -120,7 +131,14 @@ class DeltaKVConfig:
         """Makes a config from keyword options, refusing unknown names with the nearest known one.
 
         Args:
+            options: values by the name of a field.
             compressor: a `KVCompressor`, which fixes how tokens are coded, or None.
+
+        Returns:
+            The config.
+
+        Raises:
+            InvalidOptionError: a name is unknown, a value out of range, or both exclude each other.
         """
         refuse_unknown(options, [field.name for field in dataclasses.fields(cls)])
         if compressor is None:

@@ -33,13 +33,12 @@ def set_default_cache(model: PreTrainedModel, factory: Callable[[PreTrainedModel
         InvalidOptionError: the model does not generate, or the factory is no function; in `generate`, the factory
             returns no cache or one that holds tokens.
 
-    Example:
-
-    ```python
-    set_default_cache(model, DeltaKVCache)
-    set_default_cache(model, lambda model: DeltaKVCache(model, recent_window=64))
-    model.generate(**inputs)
-    ```
+    Examples:
+        >>> set_default_cache(model, lambda model: DeltaKVCache(model, recent_window=64))
+        >>> out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+        >>> out.past_key_values
+        DeltaKVCache(2 of 2 layers compressed, 513 tokens seen)
+        >>> set_default_cache(model, None)
     """
     root = _root(model)
     if factory is not None and (not callable(factory) or isinstance(factory, Cache)):

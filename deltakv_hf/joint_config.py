@@ -18,7 +18,7 @@ LARGEST_ERROR = 0.95
 
 @dataclass(frozen=True)
 class JointEncodingConfig:
-    """Options of `JointEncodedCache`. By default equal blocks are stored once and nothing is lost.
+    """Options of `JointEncodedCache` (arXiv 2601.03067). By default equal blocks are stored once and nothing is lost.
 
     Args:
         block_size: tokens of a block (>= 1); what a row has beyond its last whole block is its own. With a compressor
@@ -35,6 +35,15 @@ class JointEncodingConfig:
             positions make no difference, or "rotated".
         groups: a number for each row of the first call (a tuple of integers >= 0); rows of different numbers never
             share a block. None: all rows may.
+
+    Raises:
+        InvalidOptionError: a value is out of range; the message names it.
+
+    Examples:
+        >>> JointEncodingConfig().fuses  # equal blocks alone, nothing is lost
+        False
+        >>> JointEncodingConfig(max_relative_error=0.3).fuses
+        True
     """
 
     block_size: int = 16
@@ -89,7 +98,14 @@ class JointEncodingConfig:
         """Makes a config from keyword options, refusing unknown names with the nearest known one.
 
         Args:
+            options: values by the name of a field.
             residual: a `KVCompressor`, or None.
+
+        Returns:
+            The config.
+
+        Raises:
+            InvalidOptionError: a name is unknown, a value out of range, or both exclude each other.
         """
         refuse_unknown(options, [field.name for field in dataclasses.fields(cls)])
         if residual is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import abstractmethod
 
@@ -92,7 +93,15 @@ class ModelCache(CompressedCache):
     # -- what the hooks and the model tell ------------------------------------------------------------------------
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
-        """Called by the hook on attention modules; `tables` are the module's `position_embeddings`."""
+        """Called by the hook on attention modules before their forward.
+
+        Args:
+            module: the attention module.
+            tables: its `position_embeddings`, cosines and sines `[1 or batch, q, rotated numbers]`, or None.
+
+        Raises:
+            CacheStateError: the module is of another model.
+        """
         if self._bare_rope is not None:
             return
         layer_idx = module.layer_idx
@@ -107,7 +116,21 @@ class ModelCache(CompressedCache):
             layer.receive_tables(*(tables if layer.form is not None and tables is not None else ()))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Stores `[batch, num_key_value_heads, q, head_dim]` new tokens of a layer; see `DeltaKVLayer.update`."""
+        """Stores new tokens of a layer; the model's attention calls it.
+
+        Args:
+            key_states: `[batch, num_key_value_heads, q, head_dim]`, rotated, in the model's dtype.
+            value_states: the same of the values.
+            layer_idx: number of the layer.
+
+        Returns:
+            Keys and values of all columns, new ones last: the tensors given where nothing is stored yet, else a pair of
+            `LazyStates`, which decodes what attention reads.
+
+        Raises:
+            CacheStateError: the call does not fit what is held, or the last forward was broken off.
+            InvalidOptionError: a bare config was given for a batch or padding.
+        """
         if torch.compiler.is_compiling():
             return self._update_untraced(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
@@ -140,7 +163,11 @@ class ModelCache(CompressedCache):
     # -- what users and generate call -----------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Compresses all tokens beyond the window now; the state is then a function of the tokens fed alone."""
+        """Compresses all tokens beyond the window now; the state is then a function of the tokens fed alone.
+
+        Raises:
+            CacheStateError: the last forward was broken off.
+        """
         self._check_whole()
         self._ledger.settle()
         with self._ledger.changing("flush"):
@@ -149,7 +176,18 @@ class ModelCache(CompressedCache):
                 layer.flush(flush)
 
     def memory_report(self) -> MemoryReport:
-        """Bytes held, by part, beside those of a `DynamicCache`; prints as a table."""
+        """Counts the bytes held.
+
+        Returns:
+            Bytes by part, beside those of a `DynamicCache`; prints as a table.
+
+        Examples:
+            >>> report = cache.memory_report()
+            >>> report.tokens, report.compressed_tokens
+            (512, 352)
+            >>> report.ratio == report.stored_bytes / report.dense_bytes
+            True
+        """
         self._catch_up()
         return report(self.layers, self._ledger, self._registry, self._extra())
 
@@ -161,12 +199,23 @@ class ModelCache(CompressedCache):
         return extra
 
     def dequantize(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense keys (rotated) and values of a layer, `[batch, num_key_value_heads, columns, head_dim]`.
+        """Decodes a layer.
 
-        Padding is zero. A layer of the host gives what it holds: a sliding-window layer its window.
+        Args:
+            layer_idx: number of the layer; negative ones count from the last.
+
+        Returns:
+            Dense keys (rotated) and values, `[batch, num_key_value_heads, columns, head_dim]` in the model's dtype;
+            padding is zero. A layer of the host gives what it holds: a sliding-window layer its window.
 
         Raises:
             CacheStateError: the layer holds no keys and values, or the last forward was broken off.
+            InvalidOptionError: there is no such layer.
+
+        Examples:
+            >>> keys, values = cache.dequantize(0)
+            >>> keys.shape
+            torch.Size([1, 2, 512, 8])
         """
         if not -len(self.layers) <= layer_idx < len(self.layers):
             raise InvalidOptionError(f"`layer_idx` must be below {len(self.layers)}, got {layer_idx}.")
@@ -191,7 +240,14 @@ class ModelCache(CompressedCache):
             yield *pair, getattr(layer, "_sliding_window_tensor", None)
 
     def to_dynamic_cache(self) -> DynamicCache:
-        """A `DynamicCache` of the decoded tokens, in memory of its own; padding is zero."""
+        """Decodes everything.
+
+        Returns:
+            A `DynamicCache` of the decoded tokens, in memory of its own; padding is zero.
+
+        Raises:
+            CacheStateError: the last forward was broken off.
+        """
         self._check_whole()
         return to_dynamic(self)
 
@@ -208,9 +264,13 @@ class ModelCache(CompressedCache):
 
         Args:
             cache: keys and values of a prompt.
-            model, **options: as for the class itself.
+            model: the model, as for the class itself.
             attention_mask: `[batch, columns]`, 0 at the padding of the prompt; None if there was none.
             position_ids: `[1 or batch, columns]`; None counts the real tokens of each row, as `generate` does.
+            **options: as for the class itself.
+
+        Returns:
+            A cache of the class that this is called on, which holds the same columns.
 
         Raises:
             InvalidOptionError: `cache` is of another model, empty, or does not fit `attention_mask`.
@@ -220,7 +280,12 @@ class ModelCache(CompressedCache):
         fill(made, cache, attention_mask, position_ids)
         return made
 
-    def save(self, path, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
         """Writes everything held to one safetensors file, whole or not at all; the cache stays as it is.
 
         Args:

@@ -98,7 +98,15 @@ class StaticModelCache(ModelCache):
     # -- what `generate` and the model ask ------------------------------------------------------------------------
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that the next forward's mask must cover: of a step, the newest column."""
+        """Says which keys the next forward's mask must cover.
+
+        Args:
+            query_length: tokens of that forward.
+            layer_idx: number of the layer.
+
+        Returns:
+            Length and offset of these keys: of a step of fixed size, those of the newest column.
+        """
         if query_length == 1 and self._attends and self._is_static(layer_idx):
             if torch.compiler.is_compiling():
                 return 1, 0
@@ -107,7 +115,14 @@ class StaticModelCache(ModelCache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
-        """Columns seen; a tensor in what is compiled."""
+        """Counts what was fed.
+
+        Args:
+            layer_idx: number of the layer.
+
+        Returns:
+            Columns seen, padding included; a tensor in what is compiled.
+        """
         if self._is_static(layer_idx):
             if torch.compiler.is_compiling() and self._static.is_ready:
                 return self._static.plan.columns[0]

@@ -44,5 +44,12 @@ class CacheStats:
     selection: SelectionStats | None = None
 
     def plus(self, **more: int) -> CacheStats:
-        """These counts and `more`."""
+        """Adds to the counts.
+
+        Args:
+            **more: what to add, by the name of a count.
+
+        Returns:
+            These counts and `more`.
+        """
         return replace(self, **{name: getattr(self, name) + count for name, count in more.items()})

@@ -27,6 +27,9 @@ def select_filter_layers(
 ) -> list[int]:
     """Chooses filter layers by dynamic programming, so that the others lose as little attention as can be.
 
+    Filter layers are those of DeltaKV (arXiv 2602.08005, after OmniKV); the paper chooses them by the overlap of what
+    layers attend to most, this by the attention that is kept.
+
     Args:
         model: on the device where it shall run.
         windows: ids `[n, window]` int64.

@@ -67,7 +67,17 @@ class CalibrationSettings:
 
     @classmethod
     def from_options(cls, options: dict) -> CalibrationSettings:
-        """Makes settings from keyword options, refusing unknown names with the nearest known one."""
+        """Makes settings from keyword options, refusing unknown names with the nearest known one.
+
+        Args:
+            options: values by the name of a field.
+
+        Returns:
+            The settings.
+
+        Raises:
+            InvalidOptionError: a name is unknown or a value out of range.
+        """
         refuse_unknown(options, [field.name for field in fields(cls)])
         return cls(**options)
 
@@ -82,7 +92,17 @@ class CalibrationSettings:
         return self.window - self.predicted
 
     def num_splits(self, heads: int) -> int:
-        """Parts that a layer of so many key-value heads is coded in."""
+        """Counts the parts that a layer is coded in.
+
+        Args:
+            heads: its key-value heads.
+
+        Returns:
+            One without `heads_per_group`.
+
+        Raises:
+            InvalidOptionError: `heads_per_group` does not divide them.
+        """
         if self.heads_per_group is None:
             return 1
         if heads % self.heads_per_group:
@@ -92,7 +112,14 @@ class CalibrationSettings:
         return heads // self.heads_per_group
 
     def check_enough(self, tokens: int) -> None:
-        """Raises if so many tokens are too few to fit 256 vectors to a group."""
+        """Checks that 256 vectors can be fitted to a group.
+
+        Args:
+            tokens: tokens to learn from.
+
+        Raises:
+            InvalidOptionError: they are too few.
+        """
         if tokens < FEWEST_TOKENS:
             raise InvalidOptionError(
                 f"`texts` must hold at least {FEWEST_TOKENS} tokens to store and learn from, got {tokens}: give more "

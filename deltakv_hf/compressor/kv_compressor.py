@@ -33,13 +33,30 @@ class KVCompressor:
     """A compressor of keys and values, made for one model.
 
     `DeltaKVCache(model, compressor=compressor)` uses it. Make one with `KVCompressor.calibrate`, or take one that
-    somebody made with `KVCompressor.from_pretrained`.
+    somebody made with `KVCompressor.from_pretrained`. Kind "transform" is calibrated; kind "learned" is the form of
+    DeltaKV (arXiv 2602.08005, section 3.2).
+
+    Args:
+        config: as in `config.json`: `kind`, `layers` (a dict or None each), and what its maker notes.
+        tensors: CPU tensors by name, `layers.{layer_idx}.{part}`.
+        name: where it came from, for messages.
 
     Attributes:
-        config: what `config.json` of its folder says.
-        tensors: CPU tensors by name.
-        name: where it came from, for messages.
         report: figures of a compressor that was calibrated in this process, else None.
+
+    Raises:
+        CompressorError: the kind is unknown, or tensors are missing or of the wrong shape or dtype.
+
+    Examples:
+        >>> compressor = KVCompressor.from_pretrained("smollm2-135m-instruct-10x")
+        >>> compressor
+        KVCompressor('smollm2-135m-instruct-10x' for HuggingFaceTB/SmolLM2-135M-Instruct, 2304 bytes a token)
+        >>> round(compressor.share, 3)  # of the bytes of a token in 16 bits
+        0.1
+        >>> DeltaKVCache(model, compressor=compressor)
+        Traceback (most recent call last):
+        ...
+        deltakv_hf.errors.CompressorError: ...
     """
 
     report = None
@@ -62,7 +79,28 @@ class KVCompressor:
 
     @classmethod
     def calibrate(cls, model: PreTrainedModel, texts, **options) -> KVCompressor:
-        """Fits a compressor to `model` on `texts`; see `deltakv_hf.calibration.calibrate` for the options."""
+        """Fits a compressor to a model; see `deltakv_hf.calibration.calibrate`.
+
+        Args:
+            model: on the device where calibration shall run.
+            texts: documents, several sources as a dict by name, or ids `[n, window]` int64.
+            **options: those of `calibrate`, such as `ratio=10`.
+
+        Returns:
+            The compressor, with a `report`.
+
+        Raises:
+            InvalidOptionError: an option is out of range, or there is too little text.
+            CompressorError: the model gives numbers that are not finite.
+            UnsupportedModelError: the model's attention cannot be served.
+
+        Examples:
+            >>> compressor = KVCompressor.calibrate(model, texts, ratio=8, reference_stride=1, measured_windows=0)
+            >>> compressor.share <= 1 / 8
+            True
+            >>> DeltaKVCache(model, compressor=compressor)
+            DeltaKVCache(2 of 2 layers compressed, 0 tokens seen)
+        """
         from ..calibration import calibrate
 
         return calibrate(model, texts, **options)
@@ -80,8 +118,19 @@ class KVCompressor:
     ) -> KVCompressor:
         """Loads a compressor from a folder, from this package by its bare name, or from the Hub by `owner/name`.
 
+        The copy in the local cache is also taken if the Hub does not answer.
+
         Args:
-            See `deltakv_hf.hub.resolve_folder`.
+            id_or_path: path of a folder; else a name without "/", of one that comes with the package; else an id on
+                the Hub.
+            revision: branch, tag or commit on the Hub (None: main).
+            token: for the Hub (None: the one that was logged in with).
+            cache_dir: where downloads are kept (None: the cache that all of `huggingface_hub` uses).
+            local_files_only: take what was downloaded before and ask nobody, as `HF_HUB_OFFLINE=1` does.
+            force_download: download again what is there already.
+
+        Returns:
+            The compressor, its tensors on the CPU.
 
         Raises:
             CompressorError: there is none, it cannot be downloaded, or it is damaged; the message says what to do.
@@ -104,6 +153,9 @@ class KVCompressor:
         Args:
             nbits: 2, 4 or 8; 0 stores bfloat16, as most published compressors do.
             group_size: numbers that share a scale and a minimum (None: 32, or all of a narrower latent).
+
+        Returns:
+            Another compressor, which shares the tensors.
 
         Raises:
             InvalidOptionError: it is not a learned compressor, or the sizes do not divide its latents.
@@ -132,6 +184,9 @@ class KVCompressor:
         Args:
             path: a new folder, or one of a compressor, which is replaced.
             extra: further files by name (pictures, a report).
+
+        Raises:
+            CompressorError: `path` is something else than a compressor's folder, or cannot be written.
         """
         files = {"README.md": model_card(self.config).encode()} | (extra or {})
         write_folder(path, self.config, self.tensors, files)
@@ -147,12 +202,22 @@ class KVCompressor:
         create_pr: bool = False,
         extra: dict[str, bytes] | None = None,
     ) -> str:
-        """Uploads the compressor with its model card to the Hub in one commit and returns the commit's URL.
+        """Uploads the compressor with its model card to the Hub, in one commit.
 
         Args:
-            repo_id: "owner/name".
+            repo_id: "owner/name"; the repository is made if there is none.
+            private: whether a new repository is private (None: what the owner's settings say).
+            token: for the Hub (None: the one that was logged in with).
+            revision: an existing branch to commit to (None: main).
+            commit_message: its first line (None: "Upload the compressor").
+            create_pr: open a pull request instead of committing.
             extra: further files by name.
-            See `deltakv_hf.hub.push_folder` for the others.
+
+        Returns:
+            The URL of the commit or of the pull request.
+
+        Raises:
+            CompressorError: the Hub refuses; the message says what to do.
         """
         files = {"README.md": model_card(self.config, repo_id).encode()} | (extra or {})
         with tempfile.TemporaryDirectory() as temporary:
@@ -204,24 +269,44 @@ class KVCompressor:
         return sum(tensor.nbytes for coder in self._coders for tensor in coder.tensors())
 
     def bytes_per_token(self) -> float:
-        """Stored bytes of a compressed token, all layers together."""
+        """Adds up what a token takes.
+
+        Returns:
+            Stored bytes of a compressed token, all layers together, references in their share.
+        """
         return sum(coder.bytes_per_token() for coder in self._coders)
 
     @property
     def share(self) -> float:
-        """Those bytes over the same token's in a 16-bit cache."""
+        """Bytes of a compressed token over those of the same token in a 16-bit cache."""
         dense = sum(2 * sum(layer["widths"]) for layer in self.config["layers"] if layer is not None)
         return self.bytes_per_token() / dense
 
     def check_model(self, model: PreTrainedModel | PretrainedConfig) -> None:
-        """Raises `CompressorError` for a model of another architecture; warns if it is another model of the same."""
+        """Checks that it was made for a model; warns if that is another one of the same architecture.
+
+        Args:
+            model: the model, or its config.
+
+        Raises:
+            CompressorError: the architecture is another one.
+        """
         check_model(self.config.get("model"), model)
 
     def layer(self, layer_idx: int, key_width: int, value_width: int, device: torch.device) -> Coder:
-        """The compressor of one layer on `device`, made once.
+        """The compressor of one layer on one device, made once.
 
         Args:
-            key_width, value_width: numbers of a token in K and in V, `num_key_value_heads * head_dim` each.
+            layer_idx: number of the layer.
+            key_width: numbers of a token in K, `num_key_value_heads * head_dim`.
+            value_width: the same of V.
+            device: where it shall code.
+
+        Returns:
+            What codes the layer's tokens; all caches share it.
+
+        Raises:
+            CompressorError: it has nothing for this layer, or other widths.
         """
         part = self._parts[layer_idx] if layer_idx < len(self._parts) else None
         if part is None or [key_width, value_width] != self.config["layers"][layer_idx]["widths"]:

@@ -48,16 +48,34 @@ class WindowFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """All windows of a measurement; `mean` and `standard_error` give each of a window's figures."""
+    """All windows of a measurement; `mean` and `standard_error` give each of a window's figures.
+
+    Attributes:
+        windows: figures of each window.
+    """
 
     windows: list[WindowFidelity]
 
     def mean(self, name: str) -> float:
-        """Mean of a field of `WindowFidelity` over the windows."""
+        """Averages over the windows.
+
+        Args:
+            name: of a field of `WindowFidelity`.
+
+        Returns:
+            The mean, in the unit of the field.
+        """
         return sum(getattr(w, name) for w in self.windows) / len(self.windows)
 
     def standard_error(self, name: str) -> float:
-        """Standard error of that mean (0 for one window)."""
+        """How sure a mean is.
+
+        Args:
+            name: of a field of `WindowFidelity`.
+
+        Returns:
+            Standard error of its mean over the windows (0 for one window).
+        """
         n, mean = len(self.windows), self.mean(name)
         if n == 1:
             return 0.0
@@ -69,7 +87,11 @@ class Fidelity:
         return self.mean("nll") / self.mean("full_nll") - 1
 
     def summary(self) -> dict[str, float]:
-        """Means and standard errors by name, for JSON."""
+        """All figures, for JSON.
+
+        Returns:
+            Means by the name of the field, standard errors as `{name}_se`, and `nll_change`.
+        """
         names = [field.name for field in fields(WindowFidelity)]
         means = {name: self.mean(name) for name in names}
         return means | {f"{name}_se": self.standard_error(name) for name in names} | {"nll_change": self.nll_change}
@@ -141,6 +163,16 @@ def measure_fidelity(
 
     Returns:
         a `Fidelity` by name.
+
+    Raises:
+        InvalidOptionError: a window is too short, a chunk below 0, or a function makes no cache.
+
+    Examples:
+        >>> from deltakv_hf.evaluation import measure_fidelity
+        >>> caches = {"4 bits": lambda: DeltaKVCache(model), "8 bits": lambda: DeltaKVCache(model, nbits=8)}
+        >>> fidelity = measure_fidelity(model, inputs["input_ids"], caches, context=400)
+        >>> fidelity["8 bits"].mean("kl") < fidelity["4 bits"].mean("kl")
+        True
     """
     check_chunk("prefill_chunk", prefill_chunk)
     check_chunk("predict_chunk", predict_chunk)

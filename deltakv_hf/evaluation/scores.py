@@ -69,7 +69,14 @@ class TaskScores:
         return [item for context in self.contexts for item in context]
 
     def mean(self, name: str) -> float:
-        """Mean of a field of `ItemScore` over the items."""
+        """Averages over the items.
+
+        Args:
+            name: of a field of `ItemScore`.
+
+        Returns:
+            The mean, in the unit of the field.
+        """
         return _mean([getattr(item, name) for item in self.items])
 
     @property
@@ -95,7 +102,11 @@ class TaskScores:
         return [_mean([item.nll for item in own]) - _mean([item.nll for item in full]) for own, full in pairs]
 
     def summary(self) -> dict:
-        """All of it by name, for JSON; `*_se` is a standard error over contexts."""
+        """All figures, for JSON.
+
+        Returns:
+            Figures by name; `*_se` is a standard error over contexts.
+        """
         full = [item for context in self.full for item in context]
         pairs = list(zip(full, self.items, strict=True))
         return {

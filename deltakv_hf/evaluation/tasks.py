@@ -33,8 +33,13 @@ class Task:
         """One context with its items: the same for the same arguments, in any process.
 
         Args:
+            tokenizer: of the model that shall read it.
             num_tokens: most tokens of the context, which has few less.
             seed: of what is hidden, where, and in which part of the text.
+            sources: texts to hide it in.
+
+        Returns:
+            Ids of the context, and questions with their answers.
 
         Raises:
             InvalidOptionError: `num_tokens` is too small for the task, or a text has too little in it.
@@ -56,10 +61,21 @@ TASKS = {
 
 
 def pick_tasks(names: Iterable[str] = ()) -> list[Task]:
-    """The tasks called `names`, or all.
+    """Finds tasks by name.
+
+    Args:
+        names: of tasks; none of them means all.
+
+    Returns:
+        The tasks, in the order given.
 
     Raises:
         InvalidOptionError: there is no such task.
+
+    Examples:
+        >>> from deltakv_hf.evaluation import pick_tasks
+        >>> [task.asks for task in pick_tasks(["niah4"])]
+        ['four numbers bound to words']
     """
     picked = list(dict.fromkeys(names)) or list(TASKS)
     for name in picked:

@@ -52,12 +52,26 @@ class Form:
             check_integer("hidden_width", self.hidden_width, low=len(SLOPES) * self.latent_width)
 
     def hidden(self, width: int) -> int:
-        """Numbers inside of the SwiGLU of a layer whose tokens have `width` numbers."""
+        """How wide a layer's SwiGLU is inside.
+
+        Args:
+            width: numbers of a token of the layer, K and V.
+
+        Returns:
+            `hidden_width`, or by default three times `width`, but enough for the latent.
+        """
         least = len(SLOPES) * self.latent_width
         return max(3 * width, least) if self.hidden_width is None else self.hidden_width
 
     def record(self, widths: list[int]) -> dict:
-        """The layer's entry in `config.json`."""
+        """Describes a layer of this form.
+
+        Args:
+            widths: numbers of a token in K and in V.
+
+        Returns:
+            The layer's entry in `config.json`.
+        """
         whole = self.latent_width % 32 == 0
         return {
             "widths": widths,

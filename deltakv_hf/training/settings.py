@@ -77,7 +77,17 @@ class TrainingSettings:
 
     @classmethod
     def from_options(cls, options: dict) -> TrainingSettings:
-        """Makes settings from keyword options, refusing unknown names with the nearest known one."""
+        """Makes settings from keyword options, refusing unknown names with the nearest known one.
+
+        Args:
+            options: values by the name of a field.
+
+        Returns:
+            The settings.
+
+        Raises:
+            InvalidOptionError: a name is unknown or a value out of range.
+        """
         refuse_unknown(options, [field.name for field in fields(cls)])
         return cls(**options)
 
@@ -90,23 +100,47 @@ class TrainingSettings:
         """The context that a batch is trained with: all of it, or now and then a half or a quarter.
 
         What is learnt from long contexts alone helps short ones less.
+
+        Args:
+            number: of the batch.
+
+        Returns:
+            Tokens of the context.
         """
         fewest = self.num_sink_tokens + self.recent_window + 2 * DeltaKVConfig.block_size
         return max(self.context // (1, 2, 1, 4)[number % 4], min(fewest, self.context))
 
     def stored(self, context: int) -> slice:
-        """Tokens of a context that a cache compresses: whole blocks between the sinks and the recent window."""
+        """Finds what a cache compresses of a context: whole blocks between the sinks and the recent window.
+
+        Args:
+            context: tokens of the context.
+
+        Returns:
+            The place of these tokens.
+        """
         block, first = DeltaKVConfig.block_size, self.num_sink_tokens
         return slice(first, first + max(context - first - self.recent_window, 0) // block * block)
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate that a step takes."""
+        """Warms up, then falls along a cosine.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            Share of the learning rate that the step takes.
+        """
         warm = max(1, round(self.warmup * self.num_steps))
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.num_steps - warm)))
 
     def reading(self) -> CalibrationSettings:
-        """How windows are cut from texts: as for a calibration."""
+        """Says how windows are cut from texts: as for a calibration.
+
+        Returns:
+            Settings of such a calibration.
+        """
         own = {name: getattr(self, name) for name in ("window", "num_sink_tokens", "seed")}
         return CalibrationSettings(num_tokens=max(self.num_tokens, FEWEST_TOKENS), **own)
