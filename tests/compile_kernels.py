@@ -109,7 +109,7 @@ def kernels(capability: int):
     yield vector_dequantize.pick_kernel, PICK, dict(vector_dequantize.TILE), {}
     yield vector_quantize.vectors_kernel, ASSIGN, {}, {}
     for is_long in (False, True):
-        constants = {"IS_LONG": is_long, "TOKENS": vector_quantize.TOKENS} | vector_quantize.tile(capability, is_long)
+        constants = {"IS_LONG": is_long} | vector_quantize.tile(capability, is_long)
         yield vector_quantize.assign_kernel, ASSIGN, constants, {}
     for has_references in (True, False):
         constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}

@@ -3,7 +3,7 @@
 python docs/benchmarks/prefill_beside.py out.json
 
 32,768 tokens through four layers in the shape of Llama-3.1-8B, random weights in bfloat16, 409 bytes a token, without
-references and with one token in ten as reference; runs in turns, the first two of nine are not counted.
+references and with one token in ten as reference; runs in turns, the first two of 32 are not counted.
 """
 
 import json
@@ -19,7 +19,7 @@ from deltakv_hf import DeltaKVCache
 from deltakv_hf.evaluation.steps import environment
 from deltakv_hf.side_stream import SideStream
 
-NUM_TOKENS, NUM_LAYERS, TURNS = 32768, 4, 9
+NUM_TOKENS, NUM_LAYERS, TURNS = 32768, 4, 32
 BESIDE = SideStream.run
 
 

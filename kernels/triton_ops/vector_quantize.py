@@ -15,8 +15,6 @@ from .. import reference
 from ..reference.vector_quantize import OFFSET_STEP, SHORT, Groups, group_runs
 from .capability import capability
 
-# tokens of a program
-TOKENS = 512
 # places of a block, the least that tensor cores multiply at once; the even ones of a group's first block hold numbers,
 # the odd ones |c|^2 and the offset, in two halves that products may be summed in one after the other
 PLACES, OWN, STEP = tl.constexpr(16), tl.constexpr(SHORT), tl.constexpr(OFFSET_STEP)
@@ -142,11 +140,12 @@ def assign_kernel(
 
 
 def tile(capability: int, is_long: bool) -> dict[str, int]:
-    """Tokens of a tile and warps, for a card of that compute capability and vectors of more numbers than OWN or not."""
+    """Tokens of a program and of a tile, for a card of that compute capability and vectors of more numbers than OWN."""
     if capability == 90 and not is_long:
         # products of four warps, from shared memory
-        return {"BLOCK_TOKENS": 128, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_TOKENS": 16, "num_warps": 1}
+        return {"TOKENS": 512, "BLOCK_TOKENS": 128, "num_warps": 4, "num_stages": 1}
+    # long vectors are few: shorter programs keep all processors busy
+    return {"TOKENS": 64 if is_long else 512, "BLOCK_TOKENS": 16, "num_warps": 1}
 
 
 def vector_quantize(
@@ -168,12 +167,12 @@ def vector_quantize(
     places = groups.table, groups.first_entry, groups.first_block, groups.size, groups.limit
     vectors_kernel[(num_groups,)](*places, vectors)
     for first, count, is_long in groups.classes:
+        shape = tile(capability(x.device), is_long)
         # groups of the same tokens run side by side: their numbers are neighbours
-        assign_kernel[(count, triton.cdiv(num_tokens, TOKENS))](
+        assign_kernel[(count, triton.cdiv(num_tokens, shape["TOKENS"]))](
             *(x, vectors, groups.first_component, groups.first_block, groups.size, groups.byte_idx),
             *(groups.step, groups.limit, codes, num_tokens, x.shape[-1], num_groups, first),
             IS_LONG=is_long,
-            TOKENS=TOKENS,
-            **tile(capability(x.device), is_long),
+            **shape,
         )
     return codes
