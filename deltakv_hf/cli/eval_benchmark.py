@@ -21,8 +21,8 @@ from .eval_setup import EvalSettings, own_share, prepare, print_compressor, prog
 
 NOTE = (
     "Score: 0 to 100, as the benchmark defines it. Change: against the full cache, below it the 95 % interval of items "
-    "drawn again (* where it leaves out 0: beyond noise). Bytes: whole cache behind the answer, below it compressed "
-    "tokens alone."
+    "drawn again (* where it leaves out 0: beyond noise; no width where all items changed alike). Bytes: "
+    "whole cache behind the answer, below it compressed tokens alone."
 )
 
 
@@ -154,16 +154,21 @@ def _read(path: Path, same: dict) -> list[dict]:
     """The items in `path`, which must have been begun with `same`."""
     try:
         old = json.loads(path.read_text())
-        found = {name: old[name] for name in same}
+        found = _flat({name: old[name] for name in same})
         items = [asdict(ItemResult(**item)) for item in old["items"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InvalidOptionError(
             f"`--json` must be a new file or one that this command began, got {path.name!r}: name another file."
         ) from error
-    for name, value in same.items():
-        if found[name] != value:
+    for name, value in _flat(same).items():
+        if found.get(name) != value:
             raise InvalidOptionError(
                 f"`--json` must be a new file or one of the same settings, got {path.name!r} with {name} "
-                f"{found[name]!r} instead of {value!r}: name another file."
+                f"{found.get(name)!r} instead of {value!r}: name another file."
             )
     return items
+
+
+def _flat(settings: dict) -> dict:
+    """The settings with the parts of the environment beside the others."""
+    return {name: value for name, value in settings.items() if name != "environment"} | settings["environment"]
