@@ -100,14 +100,14 @@ OF_ONE = (
 
 
 @pytest.mark.parametrize("metric", OF_ONE, ids=lambda metric: metric.__name__)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(answer=TEXTS, right=TEXTS)
 def test_scores_are_shares(metric, answer, right):
     assert 0 <= metric(answer, right) <= 1
 
 
 @pytest.mark.parametrize("metric", (metrics.count, metrics.last_number, metrics.boxed_integer, metrics.first_number))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(answer=TEXTS, right=st.integers(0, 999))
 def test_scores_of_numbers_are_shares_and_the_number_itself_is_right(metric, answer, right):
     assert 0 <= metric(answer, str(right)) <= 1
@@ -115,7 +115,7 @@ def test_scores_of_numbers_are_shares_and_the_number_itself_is_right(metric, ans
 
 
 @pytest.mark.parametrize("metric", (metrics.match_all, metrics.match_any, metrics.choice))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(answer=TEXTS, right=st.lists(TEXTS, min_size=1, max_size=3))
 def test_scores_of_several_are_shares(metric, answer, right):
     assert 0 <= metric(answer, right) <= 1
@@ -125,7 +125,7 @@ def test_scores_of_several_are_shares(metric, answer, right):
 PLAIN = st.lists(st.sampled_from("mill boat red old two stone river".split()), min_size=1, max_size=8).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(first=PLAIN, second=PLAIN)
 def test_the_right_answer_is_right_and_f1_is_symmetric(first, second):
     same = (metrics.token_f1, metrics.token_f1_chinese, metrics.character_f1_chinese, metrics.rouge_l)

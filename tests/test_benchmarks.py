@@ -270,6 +270,9 @@ def test_answers_end_at_the_end_token_and_at_a_line_break_where_the_dataset_says
     whole = runner._answer(model, ids, DynamicCache(config=model.config), 4, None)
     assert len(whole) == 4 and whole[2] not in whole[:2]
     assert runner._answer(model, ids, DynamicCache(config=model.config), 4, [whole[2]]) == whole[:2]
+    assert runner._answer(model, ids, DynamicCache(config=model.config), 4, [whole[0]]) == []
+    begun = runner._answer(model, ids, DynamicCache(config=model.config), 4, [whole[0]], 1)
+    assert begun and whole[0] not in begun
     monkeypatch.setattr(model.generation_config, "eos_token_id", [whole[2]])
     assert runner._ends(model, tokenizer, item) == [whole[2], newline]
     (result,) = run_benchmark(model, tokenizer, [items[0]], {})

@@ -133,7 +133,9 @@ def run_item(
     """Answers one item with an empty `cache` called `name`."""
     ends = _ends(model, tokenizer, item)
     if item.context is None:
-        answers = [_answer(model, ids.questions[0], cache, item.turns[0].max_new_tokens, ends)]
+        # where a line break ends an answer, it does not begin one
+        least = int(item.stop_at_newline)
+        answers = [_answer(model, ids.questions[0], cache, item.turns[0].max_new_tokens, ends, least)]
     else:
         prefill(model, torch.tensor(ids.context), cache)
         answers, held = [], list(ids.context)
@@ -161,7 +163,12 @@ def run_item(
 
 @torch.no_grad()
 def _answer(
-    model: PreTrainedModel, ids: list[int], cache: Cache, max_new_tokens: int, ends: list[int] | None
+    model: PreTrainedModel,
+    ids: list[int],
+    cache: Cache,
+    max_new_tokens: int,
+    ends: list[int] | None,
+    min_new_tokens: int = 0,
 ) -> list[int]:
     """The most likely tokens behind `ids`, of which `cache` may hold some, without the one that ends them."""
     inputs = torch.tensor([ids], device=model.device)
@@ -171,6 +178,7 @@ def _answer(
         attention_mask=torch.ones_like(inputs),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         do_sample=False,
         num_beams=1,
         temperature=None,
