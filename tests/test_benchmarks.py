@@ -1,4 +1,7 @@
-"""Published benchmarks: files read as they are published, prompts as token ids, and the command on a tiny model."""
+"""Published benchmarks: files read as they are published, prompts as token ids, and the command on a tiny model.
+
+The samples have the form of the published data; what they say is invented.
+"""
 
 import json
 from dataclasses import replace
@@ -177,6 +180,7 @@ def test_other_arguments_are_refused(tmp_path):
     refused("`prompts` of the dataset 'qasper' must be a template.*KeyError", '{"qasper": "{what}"}', prompts=path)
     refused("`prompts` of the dataset 'qasper' must be a template", '{"qasper": "{"}', prompts=path)
     refused("`max_lengths` must hold an object of numbers", '{"qasper": "3"}', max_lengths=path)
+    refused("`max_lengths` of the dataset 'qasper' must be positive, got 0", '{"qasper": 0}', max_lengths=path)
     refused("`max_lengths` must be a positive number", max_lengths=0)
     with pytest.raises(ValueError, match="`format` must be .*Did you mean `longbench`"):
         load_benchmark("longbenhc", [])

@@ -10,7 +10,8 @@ from pathlib import Path
 from ...errors import InvalidOptionError
 from . import longbench, problems, ruler, scbench
 from .items import BenchmarkItem
-from .records import Record, Wording, read_records, read_wording, task_of
+from .records import Record, read_records, task_of
+from .wording import Wording, read_wording
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from . import metrics
 from .items import BenchmarkItem, Metric, Turn
 from .metrics import best_of
-from .records import Record, Wording, fill
+from .records import Record
+from .wording import Wording, fill
 
 ANSWER = "Answer from the text below, in as few words as you can.\n\n{context}\n\nQuestion: {input}\nAnswer:"
 ANSWER_CHINESE = "根据下面的材料，用尽量简短的中文回答问题。\n\n{context}\n\n问题：{input}\n答案："

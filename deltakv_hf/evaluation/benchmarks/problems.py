@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from . import metrics
 from .items import BenchmarkItem, Turn
-from .records import Record, Wording, fill
+from .records import Record
+from .wording import Wording, fill
 
 GSM8K = "{question}\n\nSolve it step by step and end with `#### ` and the number that is the answer.\n"
 AIME = "{problem}\n\nSolve it step by step and put the answer, an integer of 0 to 999, into \\boxed{{}}.\n"

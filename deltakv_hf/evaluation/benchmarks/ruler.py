@@ -6,7 +6,8 @@ import re
 
 from . import metrics
 from .items import BenchmarkItem, Metric, Turn
-from .records import Record, Wording, fill
+from .records import Record
+from .wording import Wording, fill
 
 CONTROL = re.compile(r"[\x00-\x1f]")
 

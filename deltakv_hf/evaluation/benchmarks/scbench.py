@@ -11,7 +11,8 @@ from ...errors import InvalidOptionError
 from . import metrics
 from .items import BenchmarkItem, Metric, Turn
 from .metrics import best_of
-from .records import Record, Wording, fill
+from .records import Record
+from .wording import Wording, fill
 
 
 @dataclass(frozen=True)
