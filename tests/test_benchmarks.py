@@ -301,6 +301,10 @@ def test_scores_are_means_over_items_beside_the_full_cache():
     assert (full.score, tight.score, tight.change) == (0.0, 1 / 6, 1 / 6)
     assert tight.change_interval == (0.0, pytest.approx(1 / 3))
     assert full.share("stored_share") == 1 and 0 < tight.share("compressed_share") < tight.share("stored_share") < 1
+    share = tight.share("compressed_share")
+    short = replace(tight.results[0], compressed_share=0.0)
+    assert replace(tight, results=[short]).share("compressed_share") == 0
+    assert replace(tight, results=[*tight.results, short]).share("compressed_share") == share
     assert "change" not in full.summary() and tight.summary()["change"] == 1 / 6
 
 

@@ -105,7 +105,7 @@ def tasks(
 def benchmark(
     format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="longbench, ruler, scbench, aime or gsm8k.")],
     file: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Data as published, JSON Lines; you get it yourself.")
+        list[Path], typer.Argument(metavar="FILE", help="Data as published, JSON Lines; you get it yourself.")
     ],
     model: Model = "demo",
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each file. Default: all.")] = None,

@@ -43,8 +43,8 @@ class DatasetScore:
         return bootstrap_difference(self.full, self.scores)
 
     def share(self, name: str) -> float:
-        """Mean of a field of `ItemResult` over the items."""
-        return _mean([getattr(result, name) for result in self.results])
+        """Mean of a field of `ItemResult` over the items where it is not 0: short prompts have nothing compressed."""
+        return _mean([value for result in self.results if (value := getattr(result, name))] or [0.0])
 
     def summary(self) -> dict:
         """All of it by name, for JSON."""
