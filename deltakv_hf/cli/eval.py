@@ -99,3 +99,48 @@ def tasks(
 
         settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
         run_eval_tasks(settings, task or [], length or [1024], contexts, text, classes or [], prefill_chunk)
+
+
+@eval_app.command()
+def benchmark(
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="longbench, ruler, scbench, aime or gsm8k.")],
+    file: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Data as published, JSON Lines; you get it yourself.")
+    ],
+    model: Model = "demo",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each file. Default: all.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Of ruler, scbench and aime files. Default: what the file is called.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON of prompts by dataset, as dataset2prompt.json of LongBench.")
+    ] = None,
+    max_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N|FILE", help="Most tokens of an answer, or JSON of them, as dataset2maxlen.json."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the model's chat template around prompts.")] = False,
+    mode: Annotated[
+        str, typer.Option(help="Of scbench: multi-turn (questions behind each other) or multi-request (each alone).")
+    ] = "multi-turn",
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Cut the middle out of longer prompts. Default: what the model can take.")
+    ] = None,
+    options: Options = None,
+    compressor: Compressor = None,
+    peer: Peer = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every answer here when it is there; a later run goes on.")
+    ] = None,
+) -> None:
+    """A published benchmark: LongBench, RULER, SCBench, AIME or GSM8K, scored as it defines."""
+    with readable_errors():
+        from .eval_benchmark import BenchmarkSettings, run_eval_benchmark
+        from .eval_setup import EvalSettings
+
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
+        places = prompts, max_lengths, chat, mode, max_prompt_tokens
+        run_eval_benchmark(settings, BenchmarkSettings(format_name, file, limit, task, *places))

@@ -1,8 +1,11 @@
-"""95 % intervals for shares and for the difference of two shares of the same items."""
+"""95 % intervals for shares and for differences of shares and of means over the same items."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
 
 Z = 1.959964
 
@@ -42,3 +45,22 @@ def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, flo
     low = second - first - reach(second - second_low, first_high - first)
     high = second - first + reach(first - first_low, second_high - second)
     return max(-1.0, low), min(1.0, high)
+
+
+def bootstrap_difference(
+    before: Sequence[float], after: Sequence[float], draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean of `after - before` over paired items: percentiles of the means of items drawn again.
+
+    It has no width where all items differ by the same, as where none differs: for shares `paired_difference` tells
+    how much could be missed.
+
+    Args:
+        before, after: a score of each item, in the same order.
+        draws: of as many items as there are, with replacement.
+        seed: of the draws.
+    """
+    change = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    places = torch.randint(len(change), (draws, len(change)), generator=torch.Generator().manual_seed(seed))
+    low, high = change[places].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -30,11 +30,16 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chu
     """Feeds `ids` `[n]` int64 in calls of `prefill_chunk` tokens, or in one (0).
 
     Returns:
-        the shares held then; the full cache's is 1, of caches that give no `memory_report` all tensors are counted.
+        the shares held then, see `held_shares`.
     """
     ids = ids.to(model.device).unsqueeze(0)
     for part in ids.split(prefill_chunk or ids.shape[1], dim=1):
         model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return held_shares(model, cache)
+
+
+def held_shares(model: PreTrainedModel, cache: Cache) -> Shares:
+    """The shares that `cache` holds; the full cache's is 1, of one that gives no `memory_report` all tensors count."""
     if isinstance(cache, DynamicCache):
         return Shares(1.0, 0.0)
     if not hasattr(cache, "memory_report"):
