@@ -27,8 +27,8 @@ Compressor = Annotated[
 Peer = Annotated[
     list[str] | None,
     typer.Option(
-        help="A cache of others: kivi4, kivi4-g64, kivi2, quanto4, quanto2, hqq4 or hqq2; or a press of kvpress and the "
-        "share that it drops, as in snapkv-0.5: snapkv, chunkkv, expected_attention, kvzip, keydiff, streaming_llm or "
+        help="A cache of others: kivi4, kivi4-g64, kivi2, quanto4, quanto2, hqq4 or hqq2; or a press of kvpress with "
+        "the share that it drops, like snapkv-0.5: snapkv, chunkkv, expected_attention, kvzip, keydiff, streaming_llm, "
         "think. May be repeated.",
     ),
 ]

@@ -70,7 +70,7 @@ def prefill(model: PreTrainedModel, ids: list[int], press: Callable | None = Non
 
 @torch.no_grad()
 def feed_behind(model: PreTrainedModel, ids: list[int], cache: DynamicCache, seen: int, kept: int) -> torch.Tensor:
-    """Feeds `ids` behind `seen` tokens, of which `cache` may hold less; returns the last logits `[kept, vocabulary]`."""
+    """Feeds `ids` behind `seen` tokens, of which `cache` may hold less; returns the last logits `[kept, vocab]`."""
     positions = torch.arange(seen, seen + len(ids), device=model.device)[None]
     feed = {"input_ids": torch.tensor([ids], device=model.device), "position_ids": positions, "past_key_values": cache}
     lengths = [layer.keys.shape[2] for layer in cache.layers]
