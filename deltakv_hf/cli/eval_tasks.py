@@ -45,13 +45,13 @@ def run_eval_tasks(
     """Measures, prints a table for each task and writes the JSON."""
     tasks, sources = pick_tasks(names), read_sources(text, classes)
     model, tokenizer, caches = prepare(settings, {"prefill_chunk": prefill_chunk})
-    asked = model, tokenizer, tasks, list(dict.fromkeys(lengths)), range(num_contexts)
-    count = f"{len(tasks) * len(asked[3]) * num_contexts}"
+    lengths, seeds = list(dict.fromkeys(lengths)), range(num_contexts)
+    asked, count = (model, tokenizer, tasks, lengths, seeds), len(tasks) * len(lengths) * num_contexts
     bar = progress(f"contexts: {count}")
     results = run_tasks(*asked, makers(model, caches), bar, sources=sources, prefill_chunk=prefill_chunk)
     if presses(caches):
         cells, bar = make_contexts(*asked, sources), progress(f"contexts of presses: {count}")
-        results += run_press_tasks(press_model(settings, model), cells, asked[-1], presses(caches), bar)
+        results += run_press_tasks(press_model(settings, model), cells, seeds, presses(caches), bar)
         order = list(cells)
         results.sort(key=lambda scores: order.index((scores.task, scores.num_tokens)))
     for task in tasks:

@@ -10,17 +10,17 @@ what it kept, at its true positions: `position_ids` count the tokens seen, as in
 
 from __future__ import annotations
 
+import os
 import sys
 
 if __name__ == "__main__":
     # a script's own folder is searched first, and `kernels.py` in ours would hide a package of that name
-    del sys.path[0]
+    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
 
 import contextlib
 import copy
 import importlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
