@@ -27,7 +27,9 @@ Compressor = Annotated[
 Peer = Annotated[
     list[str] | None,
     typer.Option(
-        help="A cache of others: kivi4, kivi4-g64, kivi2, quanto4, quanto2, hqq4 or hqq2; may be repeated.",
+        help="A cache of others: kivi4, kivi4-g64, kivi2, quanto4, quanto2, hqq4 or hqq2; or a press of kvpress with "
+        "the share that it drops, like snapkv-0.5: snapkv, chunkkv, expected_attention, kvzip, keydiff, streaming_llm, "
+        "think. May be repeated.",
     ),
 ]
 Chunk = Annotated[int, typer.Option(min=0, metavar="N", help="Feed the context N tokens at a time; 0 is at once.")]
@@ -144,3 +146,22 @@ def benchmark(
         settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
         places = prompts, max_lengths, chat, mode, max_prompt_tokens
         run_eval_benchmark(settings, BenchmarkSettings(format_name, file, limit, task, *places))
+
+
+@eval_app.command()
+def peers(
+    wheels: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Install from the wheels in this folder, without a network."),
+    ] = None,
+) -> None:
+    """Makes the environment for presses of kvpress, which wants an older transformers, and says which presses run.
+
+    Its packages go into the user's cache folder and come before those of this environment, which stays as it is. One
+    that is there is only checked. Exit code 1 if a press does not run.
+    """
+    with readable_errors():
+        from .eval_peers import run_eval_peers
+
+        code = run_eval_peers(wheels)
+    raise typer.Exit(code)

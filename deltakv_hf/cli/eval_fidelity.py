@@ -9,22 +9,39 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.fidelity import Fidelity, measure_fidelity
+from ..evaluation.presses import measure_press_fidelity
 from ..evaluation.texts import BUNDLED_TEXT
 from ..evaluation.windows import text_windows
 from .console import console
-from .eval_setup import EvalSettings, own_share, prepare, print_compressor, progress, write_result
+from .eval_setup import (
+    EvalSettings,
+    makers,
+    own_share,
+    prepare,
+    press_model,
+    presses,
+    print_compressor,
+    progress,
+    write_result,
+)
 
 
 def run_fidelity(
     settings: EvalSettings, texts: list[Path], num_windows: int, context: int, predict: int, chunks: dict[str, int]
 ) -> None:
     """Measures, prints the table and writes the JSON."""
-    model, tokenizer, caches = prepare(settings)
+    model, tokenizer, caches = prepare(settings, chunks)
     texts = texts or [BUNDLED_TEXT]
     windows = [window for path in texts for window in text_windows(tokenizer, path, context + predict, num_windows)]
-    makers = {name: lambda cache=cache: cache.make(model) for name, cache in caches.items()}
-    how = {"context": context} | chunks
-    results = measure_fidelity(model, windows, makers, **how, progress=progress(f"windows: {len(windows)}"))
+    how, made, measured_elsewhere = {"context": context} | chunks, makers(model, caches), presses(caches)
+    results = {}
+    if made:
+        results |= measure_fidelity(model, windows, made, **how, progress=progress(f"windows: {len(windows)}"))
+    if measured_elsewhere:
+        bar = progress(f"windows of presses: {len(windows)}")
+        asked = press_model(settings, model), windows, measured_elsewhere
+        results |= measure_press_fidelity(*asked, context=context, progress=bar)
+    results = {name: results[name] for name in caches}
     dtype = str(model.dtype).removeprefix("torch.")
     title = f"{context:,} tokens stored, {predict:,} predicted, windows: {len(windows)}, {dtype}"
     console.print(fidelity_table(title, results))

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
+from transformers import PreTrainedModel
 
 from ..cache import DeltaKVCache
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
-from ..evaluation.model import DEMO_MODEL, load_by_name
+from ..evaluation.model import DEMO_MODEL, find_source, load_by_name
 from ..evaluation.peers import pick_peer
+from ..evaluation.press_environment import versions
+from ..evaluation.presses import Press, PressModel, pick_press
 from ..evaluation.steps import environment
 from ..files import write_atomically
 from ..hf_compat import Cache
@@ -46,12 +49,14 @@ class Candidate:
     Attributes:
         name: in tables.
         source: where it comes from, for JSON: its options, its compressor or the peer's name.
-        make: makes an empty one for a model.
+        make: makes an empty one for a model; None for a press.
+        press: measured by a process of its own; None for what is made here.
     """
 
     name: str
     source: dict
-    make: Callable[..., Cache]
+    make: Callable[..., Cache] | None = None
+    press: Press | None = None
 
 
 def candidates(settings: EvalSettings) -> list[Candidate]:
@@ -82,14 +87,23 @@ def _with_compressor(name: str) -> Candidate:
 
 
 def _of_others(name: str) -> Candidate:
+    press = pick_press(name)
+    if press:
+        return Candidate(press.about, {"peer": name, "peer_environment": versions()}, press=press)
     peer = pick_peer(name)
     return Candidate(peer.about, {"peer": name}, lambda model: peer.make(model.config))
 
 
-def prepare(settings: EvalSettings):
+def prepare(settings: EvalSettings, chunks: dict[str, int]):
     """Refuses what cannot work, then loads the model; returns it, its tokenizer and the candidates by name."""
     check_output("--json", settings.json_file)
     caches = candidates(settings)
+    for name, num_tokens in chunks.items():
+        if num_tokens and any(cache.press for cache in caches):
+            raise InvalidOptionError(
+                f"`--{name.replace('_', '-')}` must be 0 with a press, which compresses once, behind a context that it "
+                f"reads in one call, got {num_tokens}. Measure presses in a run of their own."
+            )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = DEMO_MODEL if settings.model == "demo" else settings.model
@@ -98,8 +112,24 @@ def prepare(settings: EvalSettings):
         model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
     for cache in caches:
         # an option that is refused is refused before hours of work
-        cache.make(model)
+        if cache.make:
+            cache.make(model)
     return model, tokenizer, {cache.name: cache for cache in caches}
+
+
+def makers(model: PreTrainedModel, caches: dict[str, Candidate]) -> dict[str, Callable[[], Cache]]:
+    """Of those candidates that are measured in this process."""
+    return {name: partial(cache.make, model) for name, cache in caches.items() if cache.make}
+
+
+def presses(caches: dict[str, Candidate]) -> dict[str, Press]:
+    """Of those that are not."""
+    return {name: cache.press for name, cache in caches.items() if cache.press}
+
+
+def press_model(settings: EvalSettings, model: PreTrainedModel) -> PressModel:
+    """The model for the process that measures presses."""
+    return PressModel.like(model, find_source(settings.model))
 
 
 def print_compressor(name: str, num_bytes: float, break_even_tokens: float) -> None:

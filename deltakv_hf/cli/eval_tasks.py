@@ -9,11 +9,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.haystack import read_sources
-from ..evaluation.runner import FULL, run_tasks
+from ..evaluation.presses import run_press_tasks
+from ..evaluation.runner import FULL, make_contexts, run_tasks
 from ..evaluation.scores import TaskScores
 from ..evaluation.tasks import Task, pick_tasks
 from .console import console
-from .eval_setup import EvalSettings, own_share, prepare, print_compressor, progress, write_result
+from .eval_setup import (
+    EvalSettings,
+    makers,
+    own_share,
+    prepare,
+    press_model,
+    presses,
+    print_compressor,
+    progress,
+    write_result,
+)
 
 NOTE = (
     "EM: share of items whose answer is right in every token; tokens: share of right answer tokens. Below them: 95 % "
@@ -33,20 +44,16 @@ def run_eval_tasks(
 ) -> None:
     """Measures, prints a table for each task and writes the JSON."""
     tasks, sources = pick_tasks(names), read_sources(text, classes)
-    model, tokenizer, caches = prepare(settings)
-    makers = {name: lambda cache=cache: cache.make(model) for name, cache in caches.items()}
-    lengths = list(dict.fromkeys(lengths))
-    results = run_tasks(
-        model,
-        tokenizer,
-        tasks,
-        lengths,
-        range(num_contexts),
-        makers,
-        progress(f"contexts: {len(tasks) * len(lengths) * num_contexts}"),
-        sources=sources,
-        prefill_chunk=prefill_chunk,
-    )
+    model, tokenizer, caches = prepare(settings, {"prefill_chunk": prefill_chunk})
+    lengths, seeds = list(dict.fromkeys(lengths)), range(num_contexts)
+    asked, count = (model, tokenizer, tasks, lengths, seeds), len(tasks) * len(lengths) * num_contexts
+    bar = progress(f"contexts: {count}")
+    results = run_tasks(*asked, makers(model, caches), bar, sources=sources, prefill_chunk=prefill_chunk)
+    if presses(caches):
+        cells, bar = make_contexts(*asked, sources), progress(f"contexts of presses: {count}")
+        results += run_press_tasks(press_model(settings, model), cells, seeds, presses(caches), bar)
+        order = list(cells)
+        results.sort(key=lambda scores: order.index((scores.task, scores.num_tokens)))
     for task in tasks:
         console.print(task_table(task, [scores for scores in results if scores.task == task.name]))
     console.print(NOTE)

@@ -140,6 +140,12 @@ def compare(
     return tuple((sums / len(targets)).tolist())
 
 
+def check_window(ids: torch.Tensor, context: int) -> None:
+    """Raises `InvalidOptionError` unless `ids` go on behind the context."""
+    if ids.ndim != 1 or len(ids) < context + 2:
+        raise InvalidOptionError(f"`windows` must hold 1-D ids of at least {context + 2} tokens, got {ids.shape}.")
+
+
 def measure_fidelity(
     model: PreTrainedModel,
     windows: Iterable[torch.Tensor],
@@ -178,8 +184,7 @@ def measure_fidelity(
     check_chunk("predict_chunk", predict_chunk)
     results = {name: [] for name in make_caches}
     for ids in progress(list(windows)):
-        if ids.ndim != 1 or len(ids) < context + 2:
-            raise InvalidOptionError(f"`windows` must hold 1-D ids of at least {context + 2} tokens, got {ids.shape}.")
+        check_window(ids, context)
         targets = ids[context + 1 :].to(model.device)
         full_logits, _ = predict_after(model, ids, context, DynamicCache(config=model.config))
         for name, make_cache in make_caches.items():

@@ -89,6 +89,23 @@ def load_by_name(
     return load_demo_model(dtype, device) if name == "demo" else load_model(name, dtype, device)
 
 
+def find_source(name: str) -> str:
+    """Where another process loads the model of `load_by_name`: the folder of the converted weights, or `name` itself.
+
+    Raises:
+        DeltaKVError: the converted weights could not be kept.
+    """
+    if name != "demo":
+        return name
+    folder = _cache_folder(find_gguf())
+    if not folder.is_dir():
+        raise DeltaKVError(
+            f"the weights of {DEMO_MODEL} must be in the user's cache for another process to load them, got nothing at "
+            f"{str(folder)!r}: let the folder be written, or set XDG_CACHE_HOME to one that can be."
+        )
+    return str(folder)
+
+
 def find_gguf() -> Path:
     """The GGUF file in the installed package, which is not imported: it would want llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)
@@ -129,11 +146,15 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def cache_root() -> Path:
+    """The folder in the user's cache for what is made once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltakv-hf"
+
+
 def _cache_folder(gguf: Path) -> Path:
     """Where the converted weights of this very file are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     version = importlib.metadata.version(PACKAGE.replace("_", "-"))
-    return Path(root) / "deltakv-hf" / f"{gguf.stem}-{version}-{gguf.stat().st_size}"
+    return cache_root() / f"{gguf.stem}-{version}-{gguf.stat().st_size}"
 
 
 def _convert(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,4 +1,4 @@
-"""Caches of others that run in the same process, by name, and the bytes that they hold."""
+"""Caches of others by name: those that run in the same process, and the bytes that they hold."""
 
 from __future__ import annotations
 
@@ -55,6 +55,17 @@ PEERS = {
     "hqq2": _quantized("hqq", 2, 1, "hqq", "hqq"),
 }
 
+# of kvpress, measured by a process of its own (`presses.py`): what each is called in tables, and where no byte is freed
+PRESSES = {
+    "snapkv": "SnapKV {}",
+    "chunkkv": "ChunkKV over SnapKV {}",
+    "expected_attention": "ExpectedAttention {}",
+    "kvzip": "KVzip {}, masked",
+    "keydiff": "KeyDiff {}",
+    "streaming_llm": "StreamingLLM {}",
+    "think": "ThinK {}, zeroed",
+}
+
 
 def pick_peer(name: str) -> Peer:
     """The peer called `name`.
@@ -63,9 +74,10 @@ def pick_peer(name: str) -> Peer:
         InvalidOptionError: there is none, or its package is not installed.
     """
     if name not in PEERS:
-        near = difflib.get_close_matches(name, PEERS, n=1)
+        known = [*PEERS, *(f"{press}-0.5" for press in PRESSES)]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise InvalidOptionError(f"`peer` must be one of {', '.join(PEERS)}, got {name!r}.{hint}")
+        raise InvalidOptionError(f"`peer` must be one of {', '.join(known)}, got {name!r}.{hint}")
     peer = PEERS[name]
     if peer.module and not _importable(peer.module):
         raise InvalidOptionError(

@@ -50,18 +50,14 @@ def run_tasks(
         InvalidOptionError: a length is too small for a task or too large for the model, or an argument is empty.
     """
     check_chunk("prefill_chunk", prefill_chunk)
-    seeds, sources = list(seeds), sources or read_sources()
-    for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
-        if not given:
-            raise InvalidOptionError(f"`{name}` must not be empty.")
+    seeds = list(seeds)
     if FULL in make_caches:
         raise InvalidOptionError(f"`make_caches` must not hold {FULL!r}, which is always run.")
     makers = {FULL: lambda: DynamicCache(config=model.config)} | make_caches
-    cells = [(task, length) for task in tasks for length in lengths]
     # all are made before the first is read, so that an error comes at once
-    contexts = [(cell, _context(model, tokenizer, *cell, seed, sources)) for cell in cells for seed in seeds]
+    cells = make_contexts(model, tokenizer, tasks, lengths, seeds, sources)
     scores = {(cell, name): ([], []) for cell in cells for name in makers}
-    for cell, context in progress(contexts):
+    for cell, context in progress([(cell, context) for cell, made in cells.items() for context in made]):
         for name, make_cache in makers.items():
             cache = make_cache()
             check_cache(name, cache)
@@ -70,9 +66,29 @@ def run_tasks(
             items.append([score_item(model, cache, item) for item in context.items])
             held.append(shares)
     return [
-        TaskScores(task.name, length, name, seeds, items, scores[(task, length), FULL][0], held)
+        TaskScores(task, length, name, seeds, items, scores[(task, length), FULL][0], held)
         for ((task, length), name), (items, held) in scores.items()
     ]
+
+
+def make_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    seeds: Sequence[int],
+    sources: Sources | None = None,
+) -> dict[tuple[str, int], list[TaskContext]]:
+    """The contexts that `run_tasks` reads, by task's name and length: one for each of `seeds`."""
+    for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
+        if not given:
+            raise InvalidOptionError(f"`{name}` must not be empty.")
+    sources = sources or read_sources()
+    return {
+        (task.name, length): [_context(model, tokenizer, task, length, seed, sources) for seed in seeds]
+        for task in tasks
+        for length in lengths
+    }
 
 
 def _context(
