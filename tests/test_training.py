@@ -234,7 +234,7 @@ def test_what_stops_it_is_said(case, monkeypatch):
 
 BAD = {
     "loss": "mse",
-    "num_steps": 0,
+    "num_steps": -1,
     "learning_rate": 0,
     "warmup": 1.0,
     "max_grad_ratio": -1,

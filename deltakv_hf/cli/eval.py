@@ -17,7 +17,7 @@ Options = Annotated[
     list[str] | None,
     typer.Option(
         help='A cache with these options, as JSON: {"nbits": 8}; may be repeated. {} has the defaults; "compressor" '
-        "names one."
+        'names one. {"cache": "joint", "residual": "NAME"} is a JointEncodedCache.'
     ),
 ]
 Compressor = Annotated[
@@ -99,3 +99,49 @@ def tasks(
 
         settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
         run_eval_tasks(settings, task or [], length or [1024], contexts, text, classes or [], prefill_chunk)
+
+
+@eval_app.command("all")
+def all_(
+    out: Annotated[Path, typer.Option(help="Folder of the results, a JSON file for each cache.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Text files of a domain each, documents separated by form feeds. Default: the bundled text."
+        ),
+    ] = None,
+    model: Model = "demo",
+    full: Annotated[
+        bool,
+        typer.Option("--full/--quick", help="All measurements, for a GPU, or short ones: minutes on two CPU cores."),
+    ] = False,
+    options: Options = None,
+    compressor: Compressor = None,
+    peer: Peer = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Predictions are compared in it; bytes are those of 16 bits.")] = "float32",
+    threads: Threads = None,
+) -> None:
+    """Fidelity, a long generation, free generation and tasks for every cache, each result stored as soon as it is there.
+
+    A run that is broken off goes on when the same command is run again. Caches may be added to a folder by later runs,
+    or be measured side by side by several at once. `deltakv eval results` makes tables and pictures of it.
+    """
+    with readable_errors():
+        from .eval_all import run_all
+        from .eval_setup import EvalSettings
+
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, None)
+        run_all(settings, out, full, text or [])
+
+
+@eval_app.command()
+def results(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `deltakv eval all --out` has left.")],
+    out: Annotated[Path, typer.Option(help="The page, Markdown; pictures go to a folder of its name beside it.")],
+) -> None:
+    """Tables, pictures and who wins, made of stored results alone."""
+    with readable_errors():
+        from .eval_results import run_results
+
+        run_results(folder, out)

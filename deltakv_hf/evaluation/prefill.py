@@ -30,7 +30,8 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chu
     """Feeds `ids` `[n]` int64 in calls of `prefill_chunk` tokens, or in one (0).
 
     Returns:
-        the shares held then; the full cache's is 1, of caches that give no `memory_report` all tensors are counted.
+        the shares held then; the full cache's is 1, of caches that give no `memory_report` all tensors are counted,
+        and their compressed tokens alone where they know their share.
     """
     ids = ids.to(model.device).unsqueeze(0)
     for part in ids.split(prefill_chunk or ids.shape[1], dim=1):
@@ -38,7 +39,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill_chu
     if isinstance(cache, DynamicCache):
         return Shares(1.0, 0.0)
     if not hasattr(cache, "memory_report"):
-        return Shares(stored_share(model, cache), 0.0)
+        return Shares(stored_share(model, cache), getattr(cache, "compressed_share", 0.0))
     report = cache.memory_report()
     return Shares(report.ratio, report.compressed_share, report.compressor_bytes, report.break_even_tokens or 0)
 

@@ -11,8 +11,8 @@ from ..errors import InvalidOptionError
 from ..support import max_positions
 from .haystack import Sources, read_sources
 from .items import TaskContext
-from .prefill import check_cache, check_chunk, prefill
-from .scores import TaskScores, score_item
+from .prefill import Shares, check_cache, check_chunk, prefill
+from .scores import ItemScore, TaskScores, score_item
 from .tasks import Task
 
 FULL = "full cache"
@@ -59,15 +59,15 @@ def run_tasks(
     makers = {FULL: lambda: DynamicCache(config=model.config)} | make_caches
     cells = [(task, length) for task in tasks for length in lengths]
     # all are made before the first is read, so that an error comes at once
-    contexts = [(cell, _context(model, tokenizer, *cell, seed, sources)) for cell in cells for seed in seeds]
+    contexts = [(cell, task_context(model, tokenizer, *cell, seed, sources)) for cell in cells for seed in seeds]
     scores = {(cell, name): ([], []) for cell in cells for name in makers}
     for cell, context in progress(contexts):
         for name, make_cache in makers.items():
             cache = make_cache()
             check_cache(name, cache)
-            shares = prefill(model, torch.tensor(context.ids), cache, 0 if name == FULL else prefill_chunk)
             items, held = scores[cell, name]
-            items.append([score_item(model, cache, item) for item in context.items])
+            one, shares = score_context(model, context, cache, 0 if name == FULL else prefill_chunk)
+            items.append(one)
             held.append(shares)
     return [
         TaskScores(task.name, length, name, seeds, items, scores[(task, length), FULL][0], held)
@@ -75,7 +75,15 @@ def run_tasks(
     ]
 
 
-def _context(
+def score_context(
+    model: PreTrainedModel, context: TaskContext, cache: Cache, prefill_chunk: int = 0
+) -> tuple[list[ItemScore], Shares]:
+    """Reads a context into an empty `cache` and asks its items: their scores, and the shares held after the context."""
+    shares = prefill(model, torch.tensor(context.ids), cache, prefill_chunk)
+    return [score_item(model, cache, item) for item in context.items], shares
+
+
+def task_context(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -83,6 +91,7 @@ def _context(
     seed: int,
     sources: Sources,
 ) -> TaskContext:
+    """One context, refused if it does not fit into the model's positions; see `Task.context`."""
     context = task.context(tokenizer, num_tokens, seed, sources)
     longest = len(context.ids) + max(len(item.question) + len(item.answer) for item in context.items)
     limit = max_positions(model)

@@ -1,0 +1,155 @@
+"""What a suite measures of every cache: fidelity on text, tasks, free generation. One class each, all used alike."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .bytes16 import Bytes16
+from .candidates import REFERENCE, Candidate
+from .fidelity import measure_fidelity
+from .generation import measure_generation, write
+from .haystack import read_sources
+from .prefill import Shares
+from .runner import score_context, task_context
+from .scores import ItemScore, TaskScores
+from .tasks import pick_tasks
+from .texts import BUNDLED_TEXT, read_text
+from .windows import text_windows
+
+
+class Bench:
+    """What measurements run on, and what the full cache did, which all caches are compared with.
+
+    Args:
+        model: a causal language model, in float32 for figures that tell good caches apart.
+        tokenizer: its tokenizer.
+        texts: text files; none takes the bundled text.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Path] | None = None):
+        self.model, self.tokenizer, self.texts = model, tokenizer, texts or [BUNDLED_TEXT]
+        self._full = {}
+
+    @cached_property
+    def bytes16(self) -> Bytes16:
+        """Shares as a 16-bit model holds them, of the beginning of the bundled text."""
+        ids = self.tokenizer(read_text(BUNDLED_TEXT), add_special_tokens=False).input_ids
+        return Bytes16(self.model, torch.tensor(ids))
+
+    def full(self, measurement, make):
+        """What the full cache did in `measurement`: made once."""
+        if measurement not in self._full:
+            # of one measurement at a time: the caches take turns in it
+            self._full = {measurement: make()}
+        return self._full[measurement]
+
+    def checksums(self) -> dict[str, str]:
+        """Of every text, by its name."""
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in self.texts}
+
+
+@dataclass(frozen=True)
+class FidelityMeasurement:
+    """Predictions on windows of every text behind a context; see `measure_fidelity`."""
+
+    name: str
+    context: int
+    predict: int
+    windows: int
+    predict_chunk: int = 0
+    kind = "fidelity"
+    with_full_cache = False
+
+    def run(self, bench: Bench, candidate: Candidate) -> dict:
+        """Figures of all windows, each with the name of its text."""
+        size = self.context + self.predict
+        cut = [(path, text_windows(bench.tokenizer, path, size, self.windows)) for path in bench.texts]
+        sources = [{"text": path.stem, "window": n} for path, windows in cut for n in range(len(windows))]
+        [fidelity] = measure_fidelity(
+            bench.model,
+            [window for _, windows in cut for window in windows],
+            {candidate.name: lambda: candidate.make(bench.model)},
+            context=self.context,
+            predict_chunk=self.predict_chunk,
+        ).values()
+        rows = [source | asdict(window) for source, window in zip(sources, fidelity.windows, strict=True)]
+        return fidelity.summary() | {"windows": len(rows), "per_window": rows}
+
+
+@dataclass(frozen=True)
+class TaskMeasurement:
+    """A task at one length; see `run_tasks`."""
+
+    name: str
+    task: str
+    context: int
+    contexts: int
+    kind = "task"
+    with_full_cache = True
+
+    def run(self, bench: Bench, candidate: Candidate) -> dict:
+        """Scores of all items beside the full cache's."""
+        [task], sources = pick_tasks([self.task]), read_sources()
+        seeds = list(range(self.contexts))
+        contexts = [task_context(bench.model, bench.tokenizer, task, self.context, seed, sources) for seed in seeds]
+
+        def scores(make) -> tuple[list[list[ItemScore]], list[Shares]]:
+            return tuple(zip(*(score_context(bench.model, context, make()) for context in contexts), strict=True))
+
+        full, held = bench.full(self, lambda: scores(lambda: DynamicCache(config=bench.model.config)))
+        own = full
+        if candidate.role != REFERENCE:
+            own, held = scores(lambda: candidate.make(bench.model))
+        return TaskScores(task.name, self.context, candidate.label, seeds, own, full, held).summary()
+
+
+@dataclass(frozen=True)
+class GenerationMeasurement:
+    """Free generation behind the beginnings of windows; see `measure_generation`. One prompt of each text, at least."""
+
+    name: str
+    context: int
+    new_tokens: int
+    prompts: int
+    seed: int | None = None
+    kind = "generation"
+    with_full_cache = True
+
+    def run(self, bench: Bench, candidate: Candidate) -> dict:
+        """What it wrote behind all prompts, judged by the full cache."""
+        each = -(-self.prompts // len(bench.texts))
+        windows = [text_windows(bench.tokenizer, path, self.context, each) for path in bench.texts]
+        prompts = torch.stack([window for number in range(each) for window in (w[number] for w in windows)])
+        prompts, model = prompts[: self.prompts], bench.model
+
+        def full_cache() -> DynamicCache:
+            return DynamicCache(config=model.config)
+
+        full = bench.full(self, lambda: write(model, prompts, full_cache(), self.new_tokens, self.seed))
+        make = full_cache if candidate.role == REFERENCE else lambda: candidate.make(model)
+        return measure_generation(model, prompts, make, self.new_tokens, self.seed, full).summary()
+
+
+Measurement = FidelityMeasurement | TaskMeasurement | GenerationMeasurement
+
+
+def measure(measurement: Measurement, candidate: Candidate, bench: Bench) -> dict:
+    """Measures one cache in one way: the one place that runs a candidate.
+
+    Returns:
+        `figures` as the measurement's class gives them, and the shares of a dense 16-bit cache.
+    """
+    figures = measurement.run(bench, candidate)
+    return {"figures": figures} | bench.bytes16.shares(candidate, measurement.context)
+
+
+def settings(measurement: Measurement, bench: Bench) -> dict:
+    """What a row must have been measured with to stand beside others: all settings, the model, the texts."""
+    model = {"model": bench.model.config.name_or_path, "dtype": str(bench.model.dtype).removeprefix("torch.")}
+    return asdict(measurement) | {"kind": measurement.kind} | model | {"texts": bench.checksums()}
