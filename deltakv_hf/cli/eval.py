@@ -122,7 +122,7 @@ def all_(
     dtype: Annotated[str, typer.Option(help="Predictions are compared in it; bytes are those of 16 bits.")] = "float32",
     threads: Threads = None,
 ) -> None:
-    """Fidelity, a long generation, free generation and tasks for every cache, each result stored as soon as it is there.
+    """Fidelity, a long generation, free generation and tasks of every cache, each stored as soon as it is there.
 
     A run that is broken off goes on when the same command is run again. Caches may be added to a folder by later runs,
     or be measured side by side by several at once. `deltakv eval results` makes tables and pictures of it.

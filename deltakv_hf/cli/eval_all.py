@@ -60,7 +60,7 @@ def picked(settings: EvalSettings, full: bool) -> tuple[list[Candidate], list[st
 
 
 def fitting(caches: list[Candidate], model, named: bool) -> tuple[list[Candidate], list[str]]:
-    """Those that the model can be measured with. One of a list that nobody asked for gets a line instead of an error."""
+    """Those that the model can be measured with; a peer that nobody named gets a line instead of an error."""
     fit, refused = [], []
     for cache in caches:
         try:

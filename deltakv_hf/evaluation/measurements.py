@@ -66,6 +66,11 @@ class FidelityMeasurement:
     kind = "fidelity"
     with_full_cache = False
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of which bytes are counted: in a long generation those written on the way too."""
+        return self.context + (self.predict if self.predict_chunk else 0)
+
     def run(self, bench: Bench, candidate: Candidate) -> dict:
         """Figures of all windows, each with the name of its text."""
         size = self.context + self.predict
@@ -92,6 +97,11 @@ class TaskMeasurement:
     contexts: int
     kind = "task"
     with_full_cache = True
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of which bytes are counted: the context."""
+        return self.context
 
     def run(self, bench: Bench, candidate: Candidate) -> dict:
         """Scores of all items beside the full cache's."""
@@ -121,6 +131,11 @@ class GenerationMeasurement:
     kind = "generation"
     with_full_cache = True
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of which bytes are counted: those written too."""
+        return self.context + self.new_tokens
+
     def run(self, bench: Bench, candidate: Candidate) -> dict:
         """What it wrote behind all prompts, judged by the full cache."""
         each = -(-self.prompts // len(bench.texts))
@@ -146,7 +161,7 @@ def measure(measurement: Measurement, candidate: Candidate, bench: Bench) -> dic
         `figures` as the measurement's class gives them, and the shares of a dense 16-bit cache.
     """
     figures = measurement.run(bench, candidate)
-    return {"figures": figures} | bench.bytes16.shares(candidate, measurement.context)
+    return {"figures": figures} | bench.bytes16.shares(candidate, measurement.held_tokens)
 
 
 def settings(measurement: Measurement, bench: Bench) -> dict:

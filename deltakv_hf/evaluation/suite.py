@@ -104,8 +104,8 @@ def _held(path: Path, candidate: Candidate) -> dict[str, dict]:
     for row in rows.values():
         if row["source"] != candidate.portable_source:
             raise InvalidOptionError(
-                f"`--out` must hold one cache a file, got {str(path)!r} of {row['source']} for {candidate.portable_source}: "
-                "name another folder."
+                f"`--out` must hold one cache a file, got {str(path)!r} of {row['source']} for "
+                f"{candidate.portable_source}: name another folder."
             )
     return rows
 
