@@ -14,10 +14,9 @@ from .bytes16 import Bytes16
 from .candidates import REFERENCE, Candidate
 from .fidelity import measure_fidelity
 from .generation import measure_generation, write
-from .haystack import read_sources
-from .prefill import Shares
-from .runner import score_context, task_context
-from .scores import ItemScore, TaskScores
+from .prefill import Shares, prefill
+from .runner import make_contexts
+from .scores import ItemScore, TaskScores, score_item
 from .tasks import pick_tasks
 from .texts import BUNDLED_TEXT, read_text
 from .windows import text_windows
@@ -105,18 +104,23 @@ class TaskMeasurement:
 
     def run(self, bench: Bench, candidate: Candidate) -> dict:
         """Scores of all items beside the full cache's."""
-        [task], sources = pick_tasks([self.task]), read_sources()
-        seeds = list(range(self.contexts))
-        contexts = [task_context(bench.model, bench.tokenizer, task, self.context, seed, sources) for seed in seeds]
+        seeds, model = list(range(self.contexts)), bench.model
+        made = make_contexts(model, bench.tokenizer, pick_tasks([self.task]), [self.context], seeds)
+        [contexts] = made.values()
 
         def scores(make) -> tuple[list[list[ItemScore]], list[Shares]]:
-            return tuple(zip(*(score_context(bench.model, context, make()) for context in contexts), strict=True))
+            items, held = [], []
+            for context in contexts:
+                cache = make()
+                held.append(prefill(model, torch.tensor(context.ids), cache))
+                items.append([score_item(model, cache, item) for item in context.items])
+            return items, held
 
-        full, held = bench.full(self, lambda: scores(lambda: DynamicCache(config=bench.model.config)))
+        full, held = bench.full(self, lambda: scores(lambda: DynamicCache(config=model.config)))
         own = full
         if candidate.role != REFERENCE:
-            own, held = scores(lambda: candidate.make(bench.model))
-        return TaskScores(task.name, self.context, candidate.label, seeds, own, full, held).summary()
+            own, held = scores(lambda: candidate.make(model))
+        return TaskScores(self.task, self.context, candidate.label, seeds, own, full, held).summary()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ..errors import InvalidOptionError
 from ..support import max_positions
 from .haystack import Sources, read_sources
 from .items import TaskContext
-from .prefill import Shares, check_cache, check_chunk, prefill
-from .scores import ItemScore, TaskScores, score_item
+from .prefill import check_cache, check_chunk, prefill
+from .scores import TaskScores, score_item
 from .tasks import Task
 
 FULL = "full cache"
@@ -50,40 +50,48 @@ def run_tasks(
         InvalidOptionError: a length is too small for a task or too large for the model, or an argument is empty.
     """
     check_chunk("prefill_chunk", prefill_chunk)
-    seeds, sources = list(seeds), sources or read_sources()
-    for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
-        if not given:
-            raise InvalidOptionError(f"`{name}` must not be empty.")
+    seeds = list(seeds)
     if FULL in make_caches:
         raise InvalidOptionError(f"`make_caches` must not hold {FULL!r}, which is always run.")
     makers = {FULL: lambda: DynamicCache(config=model.config)} | make_caches
-    cells = [(task, length) for task in tasks for length in lengths]
     # all are made before the first is read, so that an error comes at once
-    contexts = [(cell, task_context(model, tokenizer, *cell, seed, sources)) for cell in cells for seed in seeds]
+    cells = make_contexts(model, tokenizer, tasks, lengths, seeds, sources)
     scores = {(cell, name): ([], []) for cell in cells for name in makers}
-    for cell, context in progress(contexts):
+    for cell, context in progress([(cell, context) for cell, made in cells.items() for context in made]):
         for name, make_cache in makers.items():
             cache = make_cache()
             check_cache(name, cache)
+            shares = prefill(model, torch.tensor(context.ids), cache, 0 if name == FULL else prefill_chunk)
             items, held = scores[cell, name]
-            one, shares = score_context(model, context, cache, 0 if name == FULL else prefill_chunk)
-            items.append(one)
+            items.append([score_item(model, cache, item) for item in context.items])
             held.append(shares)
     return [
-        TaskScores(task.name, length, name, seeds, items, scores[(task, length), FULL][0], held)
+        TaskScores(task, length, name, seeds, items, scores[(task, length), FULL][0], held)
         for ((task, length), name), (items, held) in scores.items()
     ]
 
 
-def score_context(
-    model: PreTrainedModel, context: TaskContext, cache: Cache, prefill_chunk: int = 0
-) -> tuple[list[ItemScore], Shares]:
-    """Reads a context into an empty `cache` and asks its items: their scores, and the shares held after the context."""
-    shares = prefill(model, torch.tensor(context.ids), cache, prefill_chunk)
-    return [score_item(model, cache, item) for item in context.items], shares
+def make_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    seeds: Sequence[int],
+    sources: Sources | None = None,
+) -> dict[tuple[str, int], list[TaskContext]]:
+    """The contexts that `run_tasks` reads, by task's name and length: one for each of `seeds`."""
+    for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
+        if not given:
+            raise InvalidOptionError(f"`{name}` must not be empty.")
+    sources = sources or read_sources()
+    return {
+        (task.name, length): [_context(model, tokenizer, task, length, seed, sources) for seed in seeds]
+        for task in tasks
+        for length in lengths
+    }
 
 
-def task_context(
+def _context(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -91,7 +99,6 @@ def task_context(
     seed: int,
     sources: Sources,
 ) -> TaskContext:
-    """One context, refused if it does not fit into the model's positions; see `Task.context`."""
     context = task.context(tokenizer, num_tokens, seed, sources)
     longest = len(context.ids) + max(len(item.question) + len(item.answer) for item in context.items)
     limit = max_positions(model)
