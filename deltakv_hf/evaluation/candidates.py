@@ -54,6 +54,9 @@ def _without_folders(held):
     return Path(held).name if isinstance(held, str) and Path(held).is_dir() else held
 
 
-def full_cache() -> Candidate:
-    """The cache that all others are compared with."""
-    return Candidate(FULL, {"cache": "full"}, lambda model: DynamicCache(config=model.config), REFERENCE)
+def _dense(model) -> Cache:
+    return DynamicCache(config=model.config)
+
+
+# what all others are compared with
+FULL_CACHE = Candidate(FULL, {"cache": "full"}, _dense, REFERENCE)

@@ -7,7 +7,6 @@ beside how likely it finds its own (`full_nll`); a text that went wrong is one t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -114,27 +113,17 @@ def repetition(ids: list[int]) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def measure_generation(
-    model: PreTrainedModel,
-    prompts: torch.Tensor,
-    make_cache: Callable[[], Cache],
-    num_tokens: int = 500,
-    seed: int | None = None,
-    full: torch.Tensor | None = None,
+def judge_generation(
+    model: PreTrainedModel, prompts: torch.Tensor, written: torch.Tensor, full: torch.Tensor
 ) -> Generation:
-    """Lets a cache write behind every prompt and the full cache judge what it wrote.
+    """Lets the full cache read what a cache wrote, and what it wrote itself.
 
     Args:
         model: a causal language model.
-        prompts: `[batch, context]` int64, read and continued as one batch.
-        make_cache: makes an empty cache.
-        num_tokens: of each continuation.
-        seed: of draws, the same for every cache; None is greedy.
-        full: what the full cache wrote with the same arguments, `[batch, num_tokens]`; None lets it write first.
+        prompts: `[batch, context]` int64.
+        written: what the cache wrote behind each of them, as `write` gives it, `[batch, num_tokens]`.
+        full: what the full cache wrote with the same arguments.
     """
-    if full is None:
-        full = write(model, prompts, DynamicCache(config=model.config), num_tokens, seed)
-    written = write(model, prompts, make_cache(), num_tokens, seed)
     return Generation([_judge(model, *row) for row in zip(prompts, written, full, strict=True)])
 
 

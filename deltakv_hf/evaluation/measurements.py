@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hf_compat import Cache
 from .bytes16 import Bytes16
-from .candidates import REFERENCE, Candidate
+from .candidates import FULL_CACHE, REFERENCE, Candidate
 from .fidelity import measure_fidelity
-from .generation import measure_generation, write
+from .generation import judge_generation, write
 from .prefill import Shares, prefill
 from .runner import make_contexts
 from .scores import ItemScore, TaskScores, score_item
@@ -116,7 +117,7 @@ class TaskMeasurement:
                 items.append([score_item(model, cache, item) for item in context.items])
             return items, held
 
-        full, held = bench.full(self, lambda: scores(lambda: DynamicCache(config=model.config)))
+        full, held = bench.full(self, lambda: scores(lambda: FULL_CACHE.make(model)))
         own = full
         if candidate.role != REFERENCE:
             own, held = scores(lambda: candidate.make(model))
@@ -125,7 +126,7 @@ class TaskMeasurement:
 
 @dataclass(frozen=True)
 class GenerationMeasurement:
-    """Free generation behind the beginnings of windows; see `measure_generation`. One prompt of each text, at least."""
+    """Free generation behind the beginnings of windows; see `evaluation/generation.py`. One prompt of each text, at least."""
 
     name: str
     context: int
@@ -147,12 +148,12 @@ class GenerationMeasurement:
         prompts = torch.stack([window for number in range(each) for window in (w[number] for w in windows)])
         prompts, model = prompts[: self.prompts], bench.model
 
-        def full_cache() -> DynamicCache:
-            return DynamicCache(config=model.config)
+        def written(cache: Cache) -> torch.Tensor:
+            return write(model, prompts, cache, self.new_tokens, self.seed)
 
-        full = bench.full(self, lambda: write(model, prompts, full_cache(), self.new_tokens, self.seed))
-        make = full_cache if candidate.role == REFERENCE else lambda: candidate.make(model)
-        return measure_generation(model, prompts, make, self.new_tokens, self.seed, full).summary()
+        full = bench.full(self, lambda: written(FULL_CACHE.make(model)))
+        own = full if candidate.role == REFERENCE else written(candidate.make(model))
+        return judge_generation(model, prompts, own, full).summary()
 
 
 Measurement = FidelityMeasurement | TaskMeasurement | GenerationMeasurement

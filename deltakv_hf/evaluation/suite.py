@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import DeltaKVError, InvalidOptionError
 from ..files import write_atomically
-from .candidates import PEER, REFERENCE, Candidate, full_cache
+from .candidates import FULL_CACHE, PEER, REFERENCE, Candidate
 from .measurements import Bench, Measurement, measure, settings
 from .steps import environment
 
@@ -70,7 +70,7 @@ def open_cells(plan: Iterable[Measurement], candidates: Iterable[Candidate], ben
     Raises:
         InvalidOptionError: a row was measured with other settings, or a file is of another cache.
     """
-    candidates = [full_cache(), *candidates]
+    candidates = [FULL_CACHE, *candidates]
     names = [candidate.file_name for candidate in candidates]
     for candidate in candidates:
         if names.count(candidate.file_name) > 1:
