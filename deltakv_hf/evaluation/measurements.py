@@ -126,7 +126,7 @@ class TaskMeasurement:
 
 @dataclass(frozen=True)
 class GenerationMeasurement:
-    """Free generation behind the beginnings of windows; see `evaluation/generation.py`. One prompt of each text, at least."""
+    """Free generation behind windows, of every text in turn; see `evaluation/generation.py`."""
 
     name: str
     context: int
