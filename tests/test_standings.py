@@ -191,10 +191,7 @@ def test_nothing_is_in_front_of_the_front(points, higher_is_better):
 
 
 CROWD = [
-    Mark(
-        f"cache-{number}", ("ours", "peer", "paper")[number % 3], 0.3 + number % 4 / 100, 0.001 * (1 + number % 5 / 20)
-    )
-    for n in range(16)
+    Mark(f"cache-{n}", ("ours", "peer", "paper")[n % 3], 0.3 + n % 4 / 100, 0.001 * (1 + n % 5 / 20)) for n in range(16)
 ]
 
 
