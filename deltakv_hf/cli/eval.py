@@ -101,6 +101,36 @@ def tasks(
         run_eval_tasks(settings, task or [], length or [1024], contexts, text, classes or [], prefill_chunk)
 
 
+@eval_app.command()
+def generation(
+    text: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Text files to cut prompts from, in turn. Default: the bundled text."),
+    ] = None,
+    model: Model = "demo",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written behind each.")] = 500,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, read and continued as one batch.")] = 4,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw tokens, with the same draws for all. Default: the most likely one.")
+    ] = None,
+    options: Options = None,
+    compressor: Compressor = None,
+    peer: Peer = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """What caches write, compressing it on its way: how likely the full cache finds it, and what is repeated."""
+    with readable_errors():
+        from .eval_generation import run_generation
+        from .eval_setup import EvalSettings
+
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
+        run_generation(settings, text or [], context, new_tokens, prompts, seed)
+
+
 @eval_app.command("all")
 def all_(
     out: Annotated[Path, typer.Option(help="Folder of the results, a JSON file for each cache.")],
