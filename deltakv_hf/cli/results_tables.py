@@ -23,8 +23,8 @@ BUNDLED = "smollm2-135m-instruct-"
 
 
 def short(label: str) -> str:
-    """A compressor that comes with the package by its ratio alone, as every table has the same model."""
-    return label.replace(BUNDLED, "")
+    """A compressor that comes with the package by its ratio alone, and a joint cache by what codes its blocks."""
+    return label.replace(BUNDLED, "").replace("cache=joint, residual=", "joint, ")
 
 
 def number(value: float, form: str) -> str:
