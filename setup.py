@@ -10,6 +10,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "deltakv_hf" / "__init__.
 
 # everything `deltakv demo` needs: a GGUF reader for the model that comes from PyPI, the command line, the chart
 DEMO = ["gguf>=0.10", "matplotlib>=3.8", "rich>=13.8", "typer>=0.15"]
+# processes that measure at once store their results one after the other
+EVAL = [*DEMO, "filelock>=3.12"]
 # setuptools and wheel are here because the packaging tests build a wheel without the network
 DEV = [
     *["build>=1.2", "hypothesis>=6.100", "peft>=0.17", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.9"],
@@ -47,7 +49,7 @@ setup(
         "transformers>=5.17,<6",
         "triton>=3.4; platform_system == 'Linux'",
     ],
-    extras_require={"demo": DEMO, "eval": DEMO, "dev": DEMO + DEV},
+    extras_require={"demo": DEMO, "eval": EVAL, "dev": EVAL + DEV},
     # kernels/ has no __init__.py and is no package of its own: a top-level `kernels` would shadow the distribution of
     # that name which transformers imports. In a wheel its folders become deltakv_hf.kernels.*.
     packages=[

@@ -1,6 +1,7 @@
 """A suite of measurements: what is stored, what a broken-off run does again, what does not go together."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import assert_refused, run
@@ -58,7 +59,7 @@ def test_a_run_that_was_broken_off_measures_the_rest_alone(bench, tmp_path):
     assert suite.open_cells(PLAN, [OURS, KIVI], bench, tmp_path) == []
     rows = suite.read_folder(tmp_path)
     assert len(rows) == 8
-    assert {path.name for path in tmp_path.iterdir()} == {"full-cache.json", "kivi.json", OURS.file_name}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"full-cache.json", "kivi.json", OURS.file_name}
     for row in rows:
         assert row["command"] == "typed" and row["environment"]["torch"] and row["environment"]["commit"]
         assert row["settings"]["texts"] and row["seconds"] > 0 and row["settings"]["dtype"] == "float32"
@@ -163,7 +164,7 @@ def test_the_command_goes_on_and_lists_what_is_not_installed(folder, tmp_path, m
     words = " ".join(result.output.split())
     assert "quanto4 is not installed: pip install optimum-quanto" in words
     assert "kivi2 cannot be measured with this model: `group_size` must divide the head dimension 8" in words
-    assert {path.name for path in out.iterdir()} == {"DeltaKVCache.json", "full-cache.json", "kivi4.json"}
+    assert {path.name for path in out.glob("[!.]*")} == {"DeltaKVCache.json", "full-cache.json", "kivi4.json"}
     assert "8 measurements in" in words
     assert "0 measurements in" in run(*command, "--full").output
     page = tmp_path / "page.md"
@@ -204,3 +205,14 @@ def test_what_is_named_and_cannot_be_measured_is_refused(folder, tmp_path, argum
 def test_a_folder_is_asked_for(folder, tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused(run("eval", "all", "--model", folder, "--out", tmp_path / "file"), "--out", "file")
+
+
+def test_processes_that_store_at_once_lose_nothing(tmp_path):
+    rows = [{"measurement": f"m{number}"} for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: suite._store(tmp_path / "one.json", row), rows))
+    assert sorted(row["measurement"] for row in suite.read_rows(tmp_path / "one.json")) == sorted(
+        row["measurement"] for row in rows
+    )
+    # the lock is no file of results
+    assert len(suite.read_folder(tmp_path)) == 24

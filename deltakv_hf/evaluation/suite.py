@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from .. import __version__
 from ..errors import DeltaKVError, InvalidOptionError
 from ..files import write_atomically
@@ -154,12 +156,16 @@ def run_cells(
 
 
 def _store(path: Path, row: dict) -> None:
-    """Puts a row into its file in the place of an older one, whole or not at all."""
-    rows = [other for other in (read_rows(path) if path.exists() else []) if other["measurement"] != row["measurement"]]
-    lines = ",\n".join(json.dumps(other, ensure_ascii=False) for other in [*rows, row])
-    # one row a line: a change shows as what it is
-    content = f'{{"format": "{FORMAT}", "version": {VERSION}, "rows": [\n{lines}\n]}}\n'
-    write_atomically(path, content.encode())
+    """Puts a row into its file in the place of an older one, whole or not at all, one process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # several processes may measure caches of their own, but all of them measure the full one
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        held = read_rows(path) if path.exists() else []
+        rows = [other for other in held if other["measurement"] != row["measurement"]]
+        lines = ",\n".join(json.dumps(other, ensure_ascii=False) for other in [*rows, row])
+        # one row a line: a change shows as what it is
+        content = f'{{"format": "{FORMAT}", "version": {VERSION}, "rows": [\n{lines}\n]}}\n'
+        write_atomically(path, content.encode())
 
 
 def _rounded(held):
