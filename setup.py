@@ -10,8 +10,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "deltakv_hf" / "__init__.
 
 # everything `deltakv demo` needs: a GGUF reader for the model that comes from PyPI, the command line, the chart
 DEMO = ["gguf>=0.10", "matplotlib>=3.8", "rich>=13.8", "typer>=0.15"]
-# what published benchmarks are scored with: Chinese words and their two kinds of ROUGE
-EVAL = ["jieba>=0.42", "rouge>=1.0", "rouge-score>=0.1.2"]
+# what published benchmarks are scored with: Chinese words and their two kinds of ROUGE; and processes that measure at
+# once store their results one after the other
+EVAL = ["filelock>=3.12", "jieba>=0.42", "rouge>=1.0", "rouge-score>=0.1.2"]
 # setuptools and wheel are here because the packaging tests build a wheel without the network
 DEV = [
     *["build>=1.2", "hypothesis>=6.100", "peft>=0.17", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.9"],

@@ -89,6 +89,22 @@ def test_predicted_tokens_may_come_in_chunks(folder, tmp_path):
     assert json.loads(out.read_text())["predict_chunk"] == 4
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_generation_is_read_by_the_full_cache(folder, tmp_path, seed):
+    out = tmp_path / "out.json"
+    options = ["--options", json.dumps(TIGHT), "--context", 60, "--new-tokens", 20, "--prompts", 2, "--json", out]
+    options += [] if seed is None else ["--seed", seed]
+    result = run("eval", "generation", "--model", folder, "--device", "cpu", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert (found["context"], found["new_tokens"], found["prompts"], found["seed"]) == (60, 20, 2, seed)
+    full, own = found["results"]
+    assert full["agreement"] == 20 and full["nll"] == full["full_nll"] == own["full_nll"]
+    assert own["options"] == TIGHT and 0 < own["stored_share_16bit"] < 1
+    assert (own["nll"] == full["nll"]) == (own["agreement"] == 20)
+    assert "full cache" in result.output and ("greedy" if seed is None else "drawn with seed 3") in result.output
+
+
 def test_tasks_take_texts(folder, tmp_path):
     text, classes = tmp_path / "hay.txt", [tmp_path / "a.txt", tmp_path / "b.txt"]
     text.write_text("Hay and more hay. " * 9)

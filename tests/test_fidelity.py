@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from deltakv_hf import DeltaKVCache, InvalidOptionError
 from deltakv_hf.evaluation import fidelity, measure_fidelity
+from deltakv_hf.evaluation.fidelity import distance_bins
 
 WINDOWS = [prompt(1, 60, seed=seed)[0] for seed in range(2)]
 
@@ -89,3 +90,23 @@ def test_a_negative_chunk_is_refused():
     for name in ("prefill_chunk", "predict_chunk"):
         with pytest.raises(InvalidOptionError, match=f"`{name}` must be 0.*-5"):
             measured(lambda: full_cache(tiny_model("llama")), **{name: -5})
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 64, 65, 1023, 1999])
+def test_bins_hold_every_distance_once(count):
+    bins = distance_bins(count)
+    assert [distance for first, last in bins for distance in range(first, last + 1)] == list(range(1, count + 1))
+    assert [last for _, last in bins[:-1]] == [16, 64, 256, 1024][: len(bins) - 1]
+
+
+def test_figures_by_distance_are_those_of_their_tokens():
+    """Together they are the window's; behind a shorter window the same tokens have the same figures."""
+    model = tiny_model("llama")
+    windows = [prompt(1, 80, seed=3)[0]]
+    [window] = measured(lambda: DeltaKVCache(model, **TIGHT), windows).windows
+    assert [(part.first, part.last) for part in window.by_distance] == [(1, 16), (17, 39)]
+    for name in ("kl", "top1", "nll", "full_nll"):
+        first, last = (getattr(part, name) for part in window.by_distance)
+        assert (16 * first + 23 * last) / 39 == pytest.approx(getattr(window, name))
+    [short] = measured(lambda: DeltaKVCache(model, **TIGHT), [windows[0][:57]]).windows
+    assert short.kl == pytest.approx(window.by_distance[0].kl, rel=1e-3)

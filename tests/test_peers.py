@@ -51,6 +51,7 @@ def test_bytes_of_kivi_are_its_codes_levels_and_raw_tokens(nbits):
     model(prompt(1, 400), past_key_values=cache, logits_to_keep=1)
     bits = (400 + 392) * (nbits + 32 / 8) + 8 * 32
     assert stored_share(model, cache) == pytest.approx(bits / (2 * 400 * 32))
+    assert cache.compressed_share == pytest.approx((nbits + 32 / 8) / 32)
 
 
 def test_bytes_are_those_of_what_a_cache_holds_used_or_not():

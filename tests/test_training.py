@@ -232,9 +232,18 @@ def test_what_stops_it_is_said(case, monkeypatch):
         train(model, windows(), learned_compressor(model), **QUICK)
 
 
+def test_without_steps_the_beginning_is_measured_and_stays_as_it_is():
+    model = tiny_model("llama")
+    begun = learned_compressor(model)
+    trained = train(model, windows(), begun, **QUICK | {"num_steps": 0})
+    assert all(torch.equal(tensor, trained.tensors[name]) for name, tensor in begun.tensors.items())
+    assert trained.history.losses == [] and [step for step, _ in trained.history.looks] == [0]
+    assert trained.config["measured"]
+
+
 BAD = {
     "loss": "mse",
-    "num_steps": 0,
+    "num_steps": -1,
     "learning_rate": 0,
     "warmup": 1.0,
     "max_grad_ratio": -1,

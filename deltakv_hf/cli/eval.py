@@ -104,6 +104,82 @@ def tasks(
 
 
 @eval_app.command()
+def generation(
+    text: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Text files to cut prompts from, in turn. Default: the bundled text."),
+    ] = None,
+    model: Model = "demo",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written behind each.")] = 500,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, read and continued as one batch.")] = 4,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw tokens, with the same draws for all. Default: the most likely one.")
+    ] = None,
+    options: Options = None,
+    compressor: Compressor = None,
+    peer: Peer = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """What caches write, compressing it on its way: how likely the full cache finds it, and what is repeated."""
+    with readable_errors():
+        from .eval_generation import run_generation
+        from .eval_setup import EvalSettings
+
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, json_file)
+        run_generation(settings, text or [], context, new_tokens, prompts, seed)
+
+
+@eval_app.command("all")
+def all_(
+    out: Annotated[Path, typer.Option(help="Folder of the results, a JSON file for each cache.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Text files of a domain each, documents separated by form feeds. Default: the bundled text."
+        ),
+    ] = None,
+    model: Model = "demo",
+    full: Annotated[
+        bool,
+        typer.Option("--full/--quick", help="All measurements, for a GPU, or short ones: minutes on two CPU cores."),
+    ] = False,
+    options: Options = None,
+    compressor: Compressor = None,
+    peer: Peer = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Predictions are compared in it; bytes are those of 16 bits.")] = "float32",
+    threads: Threads = None,
+) -> None:
+    """Fidelity, a long generation, free generation and tasks of every cache, each stored as soon as it is there.
+
+    A run that is broken off goes on when the same command is run again. Caches may be added to a folder by later runs,
+    or be measured side by side by several at once. `deltakv eval results` makes tables and pictures of it.
+    """
+    with readable_errors():
+        from .eval_all import run_all
+        from .eval_setup import EvalSettings
+
+        settings = EvalSettings(model, options or [], compressor or [], peer or [], device, dtype, threads, None)
+        run_all(settings, out, full, text or [])
+
+
+@eval_app.command()
+def results(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `deltakv eval all --out` has left.")],
+    out: Annotated[Path, typer.Option(help="The page, Markdown; pictures go to a folder of its name beside it.")],
+) -> None:
+    """Tables, pictures and who wins, made of stored results alone."""
+    with readable_errors():
+        from .eval_results import run_results
+
+        run_results(folder, out)
+
+
+@eval_app.command()
 def benchmark(
     format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="longbench, ruler, scbench, aime or gsm8k.")],
     file: Annotated[

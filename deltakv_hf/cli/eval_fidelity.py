@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -52,7 +53,7 @@ def run_fidelity(
         caches[name].source
         | {"windows": len(windows)}
         | fidelity.summary()
-        | {"per_window": [source | vars(w) for source, w in zip(sources, fidelity.windows, strict=True)]}
+        | {"per_window": [source | asdict(w) for source, w in zip(sources, fidelity.windows, strict=True)]}
         for name, fidelity in results.items()
     ]
     write_result(settings, model, how | {"predict": predict}, rows)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..cache import DeltaKVCache
 from ..compressor.kv_compressor import KVCompressor
 from ..errors import InvalidOptionError
+from ..evaluation.candidates import OURS, PAPER, PEER, Candidate
 from ..evaluation.model import DEMO_MODEL, find_source, load_by_name
 from ..evaluation.peers import pick_peer
 from ..evaluation.press_environment import versions
@@ -24,8 +25,12 @@ from ..evaluation.presses import Press, PressModel, pick_press
 from ..evaluation.steps import environment
 from ..files import write_atomically
 from ..hf_compat import Cache
+from ..joint import JointEncodedCache
 from .arguments import check_output, command_line
 from .console import console, size
+
+# the class of an option's "cache", and the argument that takes a compressor
+KINDS = {"deltakv": (DeltaKVCache, "compressor"), "joint": (JointEncodedCache, "residual")}
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,6 @@ class EvalSettings:
     dtype: str | None
     threads: int | None
     json_file: Path | None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A cache to measure.
-
-    Attributes:
-        name: in tables.
-        source: where it comes from, for JSON: its options, its compressor or the peer's name.
-        make: makes an empty one for a model; None for a press.
-        press: measured by a process of its own; None for what is made here.
-    """
-
-    name: str
-    source: dict
-    make: Callable[..., Cache] | None = None
-    press: Press | None = None
 
 
 def candidates(settings: EvalSettings) -> list[Candidate]:
@@ -76,45 +64,75 @@ def _with_options(text: str) -> Candidate:
         raise InvalidOptionError(f"`--options` must be a JSON object like '{{\"nbits\": 8}}', got {text!r}.")
     name = ", ".join(f"{option}={value}" for option, value in options.items()) or "DeltaKVCache"
     made = dict(options)
-    if isinstance(made.get("compressor"), str):
-        made["compressor"] = KVCompressor.from_pretrained(made["compressor"])
-    return Candidate(name, {"options": options}, lambda model: DeltaKVCache(model, **made))
+    kind = made.pop("cache", "deltakv")
+    if kind not in KINDS:
+        raise InvalidOptionError(f'`--options` must name a "cache" of {" or ".join(KINDS)}, got {kind!r}.')
+    make, argument = KINDS[kind]
+    if isinstance(made.get(argument), str):
+        made[argument] = KVCompressor.from_pretrained(made[argument])
+    role = _role(made.get(argument))
+    return Candidate(name, {"options": options}, lambda model: make(model, **made), role)
 
 
 def _with_compressor(name: str) -> Candidate:
     compressor = KVCompressor.from_pretrained(name)
-    return Candidate(name, {"compressor": name}, lambda model: DeltaKVCache(model, compressor=compressor))
+    source = {"compressor": name}
+    return Candidate(name, source, lambda model: DeltaKVCache(model, compressor=compressor), _role(compressor))
 
 
 def _of_others(name: str) -> Candidate:
     press = pick_press(name)
     if press:
-        return Candidate(press.about, {"peer": name, "peer_environment": versions()}, press=press)
+        return Candidate(press.about, {"peer": name, "peer_environment": versions()}, None, PEER, press)
     peer = pick_peer(name)
-    return Candidate(peer.about, {"peer": name}, lambda model: peer.make(model.config))
+    return Candidate(peer.about, {"peer": name}, lambda model: peer.make(model.config), PEER)
 
 
-def prepare(settings: EvalSettings, chunks: dict[str, int]):
-    """Refuses what cannot work, then loads the model; returns it, its tokenizer and the candidates by name."""
+def _role(compressor: object) -> str:
+    learned = isinstance(compressor, KVCompressor) and compressor.config["kind"] == "learned"
+    return PAPER if learned else OURS
+
+
+def prepare(settings: EvalSettings, chunks: dict[str, int] | None = None):
+    """Refuses what cannot work, then loads the model; returns it, its tokenizer and the candidates by name.
+
+    Args:
+        chunks: how a context is fed, by option; None if caches generate, which presses do not.
+    """
     check_output("--json", settings.json_file)
     caches = candidates(settings)
-    for name, num_tokens in chunks.items():
-        if num_tokens and any(cache.press for cache in caches):
-            raise InvalidOptionError(
-                f"`--{name.replace('_', '-')}` must be 0 with a press, which compresses once, behind a context that it "
-                f"reads in one call, got {num_tokens}. Measure presses in a run of their own."
-            )
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    name = DEMO_MODEL if settings.model == "demo" else settings.model
-    # transformers draws bars of its own
-    with console.status(f"load {name}"), contextlib.redirect_stderr(io.StringIO()):
-        model, tokenizer = load_by_name(settings.model, settings.dtype, settings.device)
+    if any(cache.press for cache in caches):
+        _check_presses(settings, chunks)
+    model, tokenizer = load(settings)
     for cache in caches:
         # an option that is refused is refused before hours of work
         if cache.make:
             cache.make(model)
     return model, tokenizer, {cache.name: cache for cache in caches}
+
+
+def _check_presses(settings: EvalSettings, chunks: dict[str, int] | None) -> None:
+    if chunks is None:
+        raise InvalidOptionError(
+            f"`peer` must be a cache that compresses what it generates, got {', '.join(settings.peers)}: a press "
+            "compresses once. Measure it with `deltakv eval fidelity`, `tasks` or `all`."
+        )
+    for name, num_tokens in chunks.items():
+        if num_tokens:
+            raise InvalidOptionError(
+                f"`--{name.replace('_', '-')}` must be 0 with a press, which compresses once, behind a context that it "
+                f"reads in one call, got {num_tokens}. Measure presses in a run of their own."
+            )
+
+
+def load(settings: EvalSettings):
+    """The model and its tokenizer."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    name = DEMO_MODEL if settings.model == "demo" else settings.model
+    # transformers draws bars of its own
+    with console.status(f"load {name}"), contextlib.redirect_stderr(io.StringIO()):
+        return load_by_name(settings.model, settings.dtype, settings.device)
 
 
 def makers(model: PreTrainedModel, caches: dict[str, Candidate]) -> dict[str, Callable[[], Cache]]:

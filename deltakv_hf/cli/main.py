@@ -183,7 +183,9 @@ def train(
         str | None, typer.Option(help="Its network: mlp_swiglu, the paper's, or linear. Default: mlp_swiglu.")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="kl, or paper: next token and squared errors. Default: kl.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Steps of the optimiser. Default: 400.")] = None,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Steps of the optimiser; 0 leaves the beginning as it is. Default: 400.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows read at once. Default: 4.")] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Batches of a step, one after the other. Default: 1.")

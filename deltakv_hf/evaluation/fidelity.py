@@ -20,6 +20,20 @@ from ..errors import InvalidOptionError
 from .prefill import Shares, check_cache, check_chunk, feed_behind, prefill
 
 LOGIT_TILE = 128
+# tokens in the first bin of distances; every next one is so many times as wide
+FIRST_BIN, BIN_GROWTH = 16, 4
+
+
+@dataclass(frozen=True)
+class DistanceFidelity:
+    """The same figures of the tokens that were predicted `first` to `last` tokens behind a window's context."""
+
+    first: int
+    last: int
+    kl: float
+    top1: float
+    nll: float
+    full_nll: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class WindowFidelity:
         compressed_share: the same of the compressed tokens alone (0 without any).
         compressor_bytes: of the compressor on the model's devices, which caches share; in neither share.
         break_even_tokens: compressed tokens that save as much.
+        by_distance: the same figures by how far behind the context: 1 to 16 tokens, 17 to 64, 65 to 256, ...
     """
 
     kl: float
@@ -44,6 +59,11 @@ class WindowFidelity:
     compressed_share: float
     compressor_bytes: int = 0
     break_even_tokens: int = 0
+    by_distance: tuple[DistanceFidelity, ...] = ()
+
+
+# what there is a mean of
+FIGURES = [field.name for field in fields(WindowFidelity) if field.name != "by_distance"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +112,11 @@ class Fidelity:
         Returns:
             Means by the name of the field, standard errors as `{name}_se`, and `nll_change`.
         """
-        names = [field.name for field in fields(WindowFidelity)]
-        means = {name: self.mean(name) for name in names}
-        return means | {f"{name}_se": self.standard_error(name) for name in names} | {"nll_change": self.nll_change}
+        means = {name: self.mean(name) for name in FIGURES}
+        return means | {f"{name}_se": self.standard_error(name) for name in FIGURES} | {"nll_change": self.nll_change}
 
     def __str__(self) -> str:
-        names = [field.name for field in fields(WindowFidelity)]
-        lines = [f"{name:<14}{self.mean(name):10.5f} ± {self.standard_error(name):.5f}" for name in names]
+        lines = [f"{name:<14}{self.mean(name):10.5f} ± {self.standard_error(name):.5f}" for name in FIGURES]
         return "\n".join([*lines, f"{'ΔNLL':<14}{self.nll_change:+10.3%}"])
 
 
@@ -120,24 +138,43 @@ def predict_after(
     return feed_behind(model, ids[context:], cache, len(ids) - context, predict_chunk), shares
 
 
-def compare(
-    logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[float, float, float, float]:
-    """Mean KL(full || other), top-1 agreement, and NLL of `targets` with each, of logits `[n, vocabulary]`."""
-    sums = torch.zeros(4)
+def token_figures(logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of each token, `[4, n]` float64 on the CPU: KL(full || other), whether the most likely token is the same, and the
+    negative log likelihood of `targets` `[n]` with each of the logits `[n, vocabulary]`.
+    """
+    tiles = []
     for start in range(0, len(targets), LOGIT_TILE):
         tile = slice(start, start + LOGIT_TILE)
         p, q = (torch.log_softmax(x[tile].float(), dim=-1) for x in (full_logits, logits))
         true = targets[tile, None]
-        sums += torch.stack(
-            [
-                (p.exp() * (p - q)).sum(),
-                (p.argmax(-1) == q.argmax(-1)).sum(),
-                -q.gather(1, true).sum(),
-                -p.gather(1, true).sum(),
-            ]
-        ).cpu()
-    return tuple((sums / len(targets)).tolist())
+        same = (p.argmax(-1) == q.argmax(-1)).float()
+        figures = (p.exp() * (p - q)).sum(-1), same, -q.gather(1, true)[:, 0], -p.gather(1, true)[:, 0]
+        tiles.append(torch.stack(figures).cpu().double())
+    return torch.cat(tiles, dim=1)
+
+
+def compare(
+    logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[float, float, float, float]:
+    """Mean KL(full || other), top-1 agreement, and NLL of `targets` with each, of logits `[n, vocabulary]`."""
+    return tuple(token_figures(logits, full_logits, targets).mean(1).tolist())
+
+
+def distance_bins(count: int) -> list[tuple[int, int]]:
+    """First and last distance of each bin, from 1 up to `count`."""
+    bins, first, last = [], 1, FIRST_BIN
+    while first <= count:
+        bins.append((first, min(last, count)))
+        first, last = last + 1, last * BIN_GROWTH
+    return bins
+
+
+def _by_distance(figures: torch.Tensor) -> tuple[DistanceFidelity, ...]:
+    """Means of `figures` `[4, n]` in each bin."""
+    return tuple(
+        DistanceFidelity(first, last, *figures[:, first - 1 : last].mean(1).tolist())
+        for first, last in distance_bins(figures.shape[1])
+    )
 
 
 def check_window(ids: torch.Tensor, context: int) -> None:
@@ -191,5 +228,6 @@ def measure_fidelity(
             cache = make_cache()
             check_cache(name, cache)
             logits, shares = predict_after(model, ids, context, cache, prefill_chunk, predict_chunk)
-            results[name].append(WindowFidelity(*compare(logits[:-1], full_logits[:-1], targets), *shares))
+            figures = token_figures(logits[:-1], full_logits[:-1], targets)
+            results[name].append(WindowFidelity(*figures.mean(1).tolist(), *shares, by_distance=_by_distance(figures)))
     return {name: Fidelity(windows) for name, windows in results.items()}

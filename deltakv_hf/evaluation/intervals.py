@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import InvalidOptionError
+
 Z = 1.959964
 
 
@@ -50,17 +52,26 @@ def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, flo
 def bootstrap_difference(
     before: Sequence[float], after: Sequence[float], draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean of `after - before` over paired items: percentiles of the means of items drawn again.
+    """Percentile interval of the mean of `after` minus that of `before`, of the same items in the same order.
 
-    It has no width where all items differ by the same, as where none differs: for shares `paired_difference` tells
+    Items are drawn again with replacement, each with both of its figures (B. Efron, Annals of Statistics 7, 1979).
+    There is no width where all items differ by the same, as where none differs: for shares `paired_difference` tells
     how much could be missed.
 
     Args:
-        before, after: a score of each item, in the same order.
-        draws: of as many items as there are, with replacement.
+        before, after: one figure for each item.
+        draws: times that as many items are drawn as there are.
         seed: of the draws.
+
+    Raises:
+        InvalidOptionError: there is no item, or the two differ in number.
     """
-    change = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    places = torch.randint(len(change), (draws, len(change)), generator=torch.Generator().manual_seed(seed))
-    low, high = change[places].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if len(before) != len(after) or not len(before):
+        raise InvalidOptionError(
+            f"`before` and `after` must hold a figure for each of the same items, got {len(before)} and {len(after)}."
+        )
+    changes = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = changes[torch.randint(len(changes), (draws, len(changes)), generator=generator)].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from ..dispatch import dequantize, quantize
 from ..errors import InvalidOptionError
 from ..hf_compat import Cache, DynamicLayer
+from ..memory import held_bytes
 
 
 class KiviLayer(DynamicLayer):
@@ -31,6 +32,7 @@ class KiviLayer(DynamicLayer):
         super().__init__()
         self.nbits, self.group_size, self.residual_length = nbits, group_size, residual_length
         self.seen, self.key_codes, self.value_codes = 0, None, None
+        self.key_levels, self.value_levels = None, None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Returns the keys and values of all tokens; a first prompt is attended to as it came, as KIVI's authors do."""
@@ -79,10 +81,18 @@ class KiviLayer(DynamicLayer):
         """Tokens seen."""
         return self.seen
 
+    def coded(self) -> tuple[int, int]:
+        """Bytes of the codes and their levels, and those of the keys and values that they stand for."""
+        held = (self.key_codes, self.key_levels, self.value_codes, self.value_levels)
+        tensors = [tensor for tensor in held if tensor is not None]
+        numbers = sum(codes.numel() for codes in (self.key_codes, self.value_codes) if codes is not None)
+        return held_bytes(tensors), numbers * 8 // self.nbits * self.keys.element_size()
+
     def reset(self) -> None:
         """Forgets all tokens."""
         super().reset()
         self.seen, self.key_codes, self.value_codes = 0, None, None
+        self.key_levels, self.value_levels = None, None
 
     def _refuse(self, *args, **kwargs):
         raise NotImplementedError("a KiviCache reads and generates; it cannot be cropped nor its rows be reordered.")
@@ -116,3 +126,11 @@ class KiviCache(Cache):
             raise InvalidOptionError(f"`group_size` must divide the head dimension {width}, got {group_size}.")
         layers = [KiviLayer(nbits, group_size, residual_length) for _ in range(text.num_hidden_layers)]
         super().__init__(layers=layers)
+
+    @property
+    def compressed_share(self) -> float:
+        """Bytes of what is coded over the bytes that a dense cache holds for it; 0 before anything is."""
+        held, dense = (
+            sum(sizes) for sizes in zip(*(layer.coded() for layer in self.layers if layer.seen), strict=True)
+        )
+        return held / dense if dense else 0.0

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel, QuantizedCache
+from transformers.cache_utils import HQQQuantizedLayer
 
 from ..errors import InvalidOptionError
 from ..hf_compat import Cache
@@ -42,7 +43,32 @@ def _quantized(backend: str, nbits: int, axis: int, module: str, package: str) -
     # the axes that the host's documentation names for each; all else as it comes
     options = {"nbits": nbits, "axis_key": axis, "axis_value": axis}
     about = f"transformers' QuantizedCache, {backend}, {nbits} bits"
-    return Peer(about, lambda config: QuantizedCache(backend, config, **options), module, package)
+
+    def make(config) -> Cache:
+        cache = QuantizedCache(backend, config, **options)
+        if backend == "hqq":
+            for layer in cache.layers:
+                layer.__class__ = PaddedHQQLayer
+        return cache
+
+    return Peer(about, make, module, package)
+
+
+class PaddedHQQLayer(HQQQuantizedLayer):
+    """The host's layer, but that the last token is repeated until hqq can pack what it is handed.
+
+    The host hands it any number of tokens, and with an odd number of heads hqq breaks at those that are no multiple of
+    two (4 bits) or four (2 bits). What was repeated is cut off again.
+    """
+
+    def _quantize(self, tensor, axis):
+        num_tokens = tensor.shape[2]
+        more = tensor[:, :, -1:].expand(-1, -1, -num_tokens % (8 // self.nbits), -1)
+        return super()._quantize(torch.cat([tensor, more], dim=2), axis), num_tokens
+
+    def _dequantize(self, qtensor):
+        quantized, num_tokens = qtensor
+        return super()._dequantize(quantized)[:, :, :num_tokens]
 
 
 PEERS = {

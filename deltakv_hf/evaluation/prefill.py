@@ -43,7 +43,7 @@ def held_shares(model: PreTrainedModel, cache: Cache) -> Shares:
     if isinstance(cache, DynamicCache):
         return Shares(1.0, 0.0)
     if not hasattr(cache, "memory_report"):
-        return Shares(stored_share(model, cache), 0.0)
+        return Shares(stored_share(model, cache), getattr(cache, "compressed_share", 0.0))
     report = cache.memory_report()
     return Shares(report.ratio, report.compressed_share, report.compressor_bytes, report.break_even_tokens or 0)
 

@@ -20,7 +20,7 @@ class TrainingSettings:
         loss: "kl": KL(full || compressed) of predictions after a context that was read exactly and then compressed, as
             a cache does it; contexts are of several lengths. "paper": next-token loss with every layer attending to
             what its tokens read back as, plus squared errors (arXiv 2602.08005, section 4).
-        num_steps: steps of the optimiser.
+        num_steps: steps of the optimiser; 0 measures the beginning and leaves it as it is.
         batch_size: windows read at once; with several processes, by each of them.
         gradient_accumulation_steps: batches of a step, one after the other.
         window: tokens of a window, 176 at least; with "kl" a quarter of so many is predicted from the rest.
@@ -57,7 +57,8 @@ class TrainingSettings:
         if self.loss not in LOSSES:
             raise InvalidOptionError(f"`loss` must be {' or '.join(LOSSES)}, got {self.loss!r}.")
         check_integer("window", self.window, low=SHORTEST_WINDOW)
-        for name in ("num_steps", "batch_size", "gradient_accumulation_steps", "num_tokens", "eval_every", "patience"):
+        check_integer("num_steps", self.num_steps, low=0)
+        for name in ("batch_size", "gradient_accumulation_steps", "num_tokens", "eval_every", "patience"):
             check_integer(name, getattr(self, name), low=1)
         check_integer("num_sink_tokens", self.num_sink_tokens, low=0, high=self.window // 2)
         check_integer("recent_window", self.recent_window, low=0, high=self.window // 2)
