@@ -93,9 +93,8 @@ def _verdicts(rows: list[dict]) -> list[str]:
             "measurement:",
             tables.duel_table(rows),
         ]
-        ahead = tables.ahead(rows)
-        lines = ahead or ["No peer beats ours at equal bytes in any figure beyond its interval"]
-        parts.append("\n".join(f"* {line}." for line in [*lines, *tables.smaller(rows)]))
+        lines = [*tables.ahead(rows), *tables.smaller(rows)]
+        parts.append("\n".join(f"* {line}." for line in lines))
     return parts
 
 

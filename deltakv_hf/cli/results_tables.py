@@ -194,8 +194,13 @@ def duel_table(rows: list[dict]) -> str:
 
 
 def ahead(rows: list[dict]) -> list[str]:
-    """A sentence for each figure in which a peer beats ours of no more bytes, beyond the interval."""
-    return [_sentence(d) for d in duels_at_equal_bytes(rows) if d.verdict == "peer"]
+    """A sentence for each figure in which a peer beats ours of no more bytes beyond the interval; or that none does."""
+    duels = duels_at_equal_bytes(rows)
+    found = [_sentence(d) for d in duels if d.verdict == "peer"]
+    told = sum(d.verdict != "too few" for d in duels)
+    if not told:
+        return [f"No figure has the {FEWEST_PAIRS} pairs that tell who is ahead"]
+    return found or [f"No peer beats ours at equal bytes beyond its interval, in {told} figures with enough pairs"]
 
 
 def _sentence(d: Duel) -> str:
