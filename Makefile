@@ -11,7 +11,7 @@ OLDEST_TESTS := $(addprefix tests/test_, attach.py attention.py base_model.py ba
 	compatibility.py conversion.py crop.py default_cache.py errors.py host_contract.py host_questions.py hub.py lazy.py lossless.py \
 	model_card.py padding.py saving.py state.py static.py task_scores.py)
 
-.PHONY: help demo test test-oldest compatibility style format clean
+.PHONY: help demo test test-oldest compatibility notebooks style format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -32,6 +32,9 @@ test-oldest: $(OLDEST)/.installed ## run those that depend on the host with the 
 
 compatibility: $(STAMP) ## write docs/compatibility.md from what the tests declare
 	$(VENV)/bin/python tests/compatibility.py
+
+notebooks: $(STAMP) ## run examples/notebooks in their place: their outputs are what this machine prints
+	$(VENV)/bin/python tests/notebooks.py
 
 style: $(STAMP) ## check style, change nothing
 	$(VENV)/bin/python -m ruff check .
