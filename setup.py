@@ -13,8 +13,8 @@ DEMO = ["gguf>=0.10", "matplotlib>=3.8", "rich>=13.8", "typer>=0.15"]
 # setuptools and wheel are here because the packaging tests build a wheel without the network
 DEV = [
     *["build>=1.2", "hypothesis>=6.100", "peft>=0.17", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.9"],
-    # what runs the notebooks
-    *["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
+    # what runs the notebooks; without ipywidgets progress bars warn in their outputs
+    *["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"],
     *["setuptools>=77", "wheel"],
 ]
 

@@ -33,15 +33,12 @@ def execute(name: str) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     # without folders to look in, "python3" is the Python that runs here
-    kernel = AsyncKernelManager(
-        kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), transport="ipc"
-    )
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        place = {"metadata": {"path": folder}}
-        client = NotebookClient(notebook, km=kernel, timeout=SECONDS, record_timing=False, resources=place)
-        client.execute(env=env)
+        how = {"timeout": SECONDS, "startup_timeout": SECONDS, "record_timing": False, "coalesce_streams": True}
+        NotebookClient(notebook, km=kernel, resources={"metadata": {"path": folder}}, **how).execute(env=env)
     return notebook
 
 
