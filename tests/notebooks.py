@@ -21,6 +21,13 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 SECONDS = 900
 
 
+class ThisPython(AsyncKernelManager):
+    """Without folders to look in, the kernel "python3" is the Python that runs here."""
+
+    def _kernel_spec_manager_default(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
+
+
 def read(name: str) -> nbformat.NotebookNode:
     """A notebook as it is committed."""
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
@@ -32,13 +39,13 @@ def execute(name: str) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    # without folders to look in, "python3" is the Python that runs here
-    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         how = {"timeout": SECONDS, "startup_timeout": SECONDS, "record_timing": False, "coalesce_streams": True}
-        NotebookClient(notebook, km=kernel, resources={"metadata": {"path": folder}}, **how).execute(env=env)
+        place = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, kernel_manager_class=ThisPython, resources=place, **how)
+        client.execute(env=env)
     return notebook
 
 
