@@ -11,7 +11,7 @@ OLDEST_TESTS := $(addprefix tests/test_, attach.py attention.py base_model.py ba
 	compatibility.py conversion.py crop.py default_cache.py errors.py host_contract.py host_questions.py hub.py lazy.py lossless.py \
 	model_card.py padding.py saving.py state.py static.py task_scores.py)
 
-.PHONY: help demo test test-oldest docs figures compatibility reference style format clean
+.PHONY: help demo test test-oldest docs figures compatibility notebooks reference style format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -43,6 +43,9 @@ compatibility: $(STAMP) ## write docs/compatibility.md from what the tests decla
 
 reference: $(STAMP) ## write docs/reference/cli.md from the commands
 	$(VENV)/bin/python tests/cli_reference.py
+
+notebooks: $(STAMP) ## run examples/notebooks in their place: their outputs are what this machine prints
+	$(VENV)/bin/python tests/notebooks.py
 
 style: $(STAMP) ## check style, change nothing
 	$(VENV)/bin/python -m ruff check .

@@ -16,6 +16,8 @@ EVAL = ["filelock>=3.12", "jieba>=0.42", "rouge>=1.0", "rouge-score>=0.1.2"]
 # setuptools and wheel are here because the packaging tests build a wheel without the network
 DEV = [
     *["build>=1.2", "hypothesis>=6.100", "peft>=0.17", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.9"],
+    # what runs the notebooks; without ipywidgets progress bars warn in their outputs
+    *["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"],
     *["setuptools>=77", "wheel"],
 ]
 

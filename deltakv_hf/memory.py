@@ -16,6 +16,7 @@ PARTS = (
     "residual codes",
     "residual levels",
     "reference ids",
+    "codes",
     "filter layers",
     "blocks",
     "block tables",
@@ -23,7 +24,7 @@ PARTS = (
     "bookkeeping",
     "host layers",
 )
-# what compressed tokens take, by field of a store
+# what compressed tokens take, by field of a store; fields of a compressor from elsewhere are "codes"
 STORE_PARTS = {
     "reference_codes": "references",
     "reference_levels": "references",
@@ -93,7 +94,7 @@ class MemoryReport:
 
     @property
     def _compressed_bytes(self) -> int:
-        return sum(self.parts[name] for name in set(STORE_PARTS.values()))
+        return sum(self.parts[name] for name in {"codes", *STORE_PARTS.values()})
 
     @property
     def break_even_tokens(self) -> int | None:
@@ -138,7 +139,7 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
             # in a layer of fixed size they stand in the room of the window
             parts["sinks"] += held_bytes([state.sink_keys, state.sink_values, *raw]) - held_bytes(raw)
             for name, part in vars(store).items():
-                parts[STORE_PARTS[name]] += held_bytes([part])
+                parts[STORE_PARTS.get(name, "codes")] += held_bytes([part])
             used += layer.compressor.tensors()
             for raw in (state.tail_keys, state.tail_values):
                 token_bytes = raw.shape[1] * raw.shape[3] * raw.element_size()

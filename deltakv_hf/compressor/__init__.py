@@ -1,6 +1,6 @@
 """Compressors: how tokens become bytes and come back. One file each, one interface."""
 
-from .coder import Coder
+from .coder import Coder, ResidualCoder, TokenCoder
 from .direct import DirectCompressor, DirectStore
 from .int4 import Int4Compressor, Int4Store
 from .learned import Learned, LearnedCompressor, LearnedStore, Network
@@ -17,6 +17,8 @@ __all__ = [
     "LearnedCompressor",
     "LearnedStore",
     "Network",
+    "ResidualCoder",
+    "TokenCoder",
     "TokenStore",
     "Transform",
     "TransformCompressor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -148,3 +149,63 @@ class ResidualCoder(Coder):
         """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
         num_references = self.lattice.count(count)
         return store.cut(num_references, count - num_references)
+
+
+class TokenCoder(Coder):
+    """Codes every token by itself: a subclass has a `width` and says in `code_tokens` and `read_tokens` how.
+
+    What a token becomes must depend on that token alone, however many are coded at once: sums go in float64, since
+    float32 rounds otherwise in another shape. `examples/own_compressor.py` is one in full.
+    """
+
+    lattice = Lattice(1)
+
+    @abstractmethod
+    def code_tokens(self, tokens: torch.Tensor) -> TokenStore:
+        """A store of tokens `[batch, n, width]` float32, every field `[batch, n, ...]`."""
+
+    @abstractmethod
+    def read_tokens(self, store: TokenStore) -> torch.Tensor:
+        """The inverse, `[batch, n, width]` float32."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the coder itself holds: nothing."""
+        return []
+
+    @cached_property
+    def _record(self) -> TokenStore:
+        """What a token becomes, without data."""
+        like = next(iter(self.tensors()), torch.empty(0))
+        coded = self.code_tokens(torch.zeros(1, 1, self.width, device=like.device))
+        return coded.map(lambda part: part.to("meta"))
+
+    def empty(self, batch_size: int, device: torch.device, num_tokens: int = 0) -> TokenStore:
+        """A store with room for `num_tokens` tokens (on the meta device: what shapes and dtypes it must have)."""
+        return self._record.map(
+            lambda part: torch.empty(batch_size, num_tokens, *part.shape[2:], dtype=part.dtype, device=device)
+        )
+
+    def bytes_per_token(self) -> float:
+        """Stored bytes of a token."""
+        return sum(part.nbytes for part in vars(self._record).values())
+
+    def append(
+        self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
+    ) -> TokenStore:
+        """See `Coder.append`."""
+        tiles = range(start, stop, self.encode_tile)
+        parts = [self.code_tokens(read(first, min(first + self.encode_tile, stop))) for first in tiles]
+        return store.write(type(store).join(parts), rows, start, start, room)
+
+    def cut(self, store: TokenStore, count: int) -> TokenStore:
+        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
+        return store.cut(count, count)
+
+    def references(self, store: TokenStore) -> None:
+        """Nothing: no token needs another one."""
+
+    def decode(
+        self, store: TokenStore, references: None, start: int, stop: int, scratch: torch.Tensor | None = None
+    ) -> Pieces:
+        """Reads compressed tokens `start .. stop - 1` of every row, in one piece; see `Coder.decode`."""
+        yield self.read_tokens(store.map(lambda part: part[:, start:stop])), lambda x: x

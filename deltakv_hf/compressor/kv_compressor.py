@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from .base_model import check_model
 from .card import model_card
 from .coder import Coder
 from .folder import read_folder, write_folder
-from .learned import Learned, LearnedCompressor
+from .learned import LearnedCompressor
 from .learned_tensors import read_learned
 from .published import is_published, read_published
-from .transform import Transform, TransformCompressor
+from .transform import TransformCompressor
 from .transform_tensors import read_transform
 
 # how each kind reads a layer of a folder, and what codes with it
 KINDS = {"transform": (read_transform, TransformCompressor), "learned": (read_learned, LearnedCompressor)}
+OWN_KINDS = tuple(KINDS)
 
 
 class KVCompressor:
@@ -66,16 +68,40 @@ class KVCompressor:
         if config.get("kind") not in KINDS or not isinstance(config.get("layers"), list):
             raise CompressorError(
                 f"`config` must be of kind {' or '.join(KINDS)} and list its layers, got kind {config.get('kind')!r} "
-                f"in {name}: use the version of deltakv-hf that wrote it."
+                f"in {name}: use the version of deltakv-hf that wrote it, or run the code that registers it first "
+                "(`KVCompressor.register`)."
             )
         read, self._coder = KINDS[config["kind"]]
-        self._parts: list[Transform | Learned | None] = [
+        self._parts: list = [
             None if layer is None else read(tensors, layer, layer_idx, name)
             for layer_idx, layer in enumerate(config["layers"])
         ]
         self._placed: dict[tuple[int, torch.device], Coder] = {}
 
     # -- making, saving, loading ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def register(kind: str, read: Callable, coder: Callable[..., Coder]) -> None:
+        """Makes compressors of a kind of your own known, to be used, saved and loaded like those of the package.
+
+        `KVCompressor(config, tensors)` makes one. Its `config` says `kind`, `model` (by `describe_model`) and `layers`:
+        for each layer None, or a dict with `widths`, the numbers of a token in K and in V, and what else `read` wants.
+
+        Args:
+            kind: what `config["kind"]` says. One that is registered again is replaced.
+            read: function `(tensors, layer, layer_idx, name)` of a layer's entry in `config["layers"]`. It gives what
+                `coder` needs, anything with a method `.to(device)`: a tensor, for instance.
+            coder: function of what `read` gave on the layer's device; it gives a `Coder` (a `TokenCoder`, say).
+
+        Raises:
+            InvalidOptionError: the kind is one of the package's.
+        """
+        if kind in OWN_KINDS:
+            raise InvalidOptionError(
+                f"`kind` must be a name of your own, got {kind!r}, which is one of the package's "
+                f"({', '.join(OWN_KINDS)}): choose another."
+            )
+        KINDS[kind] = read, coder
 
     @classmethod
     def calibrate(cls, model: PreTrainedModel, texts, **options) -> KVCompressor:

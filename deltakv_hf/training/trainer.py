@@ -112,6 +112,11 @@ def train(
         )
     if compressor is not None:
         compressor.check_model(model)
+        if compressor.config["kind"] not in MODULES:
+            raise InvalidOptionError(
+                f"`compressor` must be of kind {' or '.join(MODULES)}, got {compressor.config['kind']!r} in "
+                f"{compressor.name}: others cannot be trained."
+            )
     if isinstance(texts, torch.Tensor):
         settings = replace(settings, window=check_ids(model, texts).shape[1])
     calibration = settings.reading()
