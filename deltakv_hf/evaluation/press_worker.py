@@ -109,15 +109,15 @@ def score_item(model: PreTrainedModel, cache: DynamicCache, seen: int, item: dic
 
 
 def held_bytes(model: PreTrainedModel, cache: DynamicCache) -> int:
-    """Bytes of the storages behind the keys and values that `cache` holds, and of what a press masks by.
+    """Bytes of the keys and values that `cache` holds, and of what a press masks by.
 
-    Presses that drop other tokens in each head keep all of them, with a list of those to be masked on each layer.
+    Presses that drop other tokens in each head keep all of them, with a list of those to be masked on each layer. What
+    KVzip read the context again with is cut off: the next step lets go of it.
     """
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     for module in model.modules():
         tensors += getattr(module, "masked_key_indices", None) or ()
-    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel()}
-    return sum(storages.values())
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def measure_window(model: PreTrainedModel, window: dict, presses: dict[str, Callable]) -> dict[str, dict]:
