@@ -84,13 +84,10 @@ def fidelity_table(rows: list[dict]) -> str:
 
 
 def split_table(rows: list[dict], groups: Callable[[dict], dict[str, list[dict]]]) -> str:
-    """Three figures of each cache in each group: KL, same top token, change of NLL."""
-    rows = by_bytes(rows)
-    heads = list(groups(rows[0]["figures"]))
-    lines = []
-    for row in rows:
-        found = groups(row["figures"])
-        lines.append([name(row), percent(row[STORED]), *(_three(found[head]) for head in heads)])
+    """Three figures of each cache in each group: KL, same top token, change of NLL; not of one that has no groups."""
+    split = [(row, found) for row in by_bytes(rows) if (found := groups(row["figures"]))]
+    heads = list(split[0][1]) if split else []
+    lines = [[name(row), percent(row[STORED]), *(_three(found[head]) for head in heads)] for row, found in split]
     return table(["cache", SHARES[0], *heads], lines)
 
 
