@@ -24,7 +24,7 @@ BUNDLED = "smollm2-135m-instruct-"
 
 def short(label: str) -> str:
     """A compressor that comes with the package by its ratio alone, and a joint cache by what codes its blocks."""
-    return label.replace(BUNDLED, "").replace("cache=joint, residual=", "joint, ")
+    return label.replace(BUNDLED, "").replace("cache=joint, residual=", "joint ")
 
 
 def number(value: float, form: str) -> str:
