@@ -165,11 +165,11 @@ def claim_table(found: list[Claim]) -> str:
     heads = [quality.name for quality in QUALITIES]
     lines = []
     for claim in found:
-        counts = [
-            f"{claim.count('ours', head)} · {claim.count('level', head) + claim.count('too few', head)} · "
-            f"{claim.count('peer', head)}"
-            for head in heads
-        ]
+        counts = []
+        for head in heads:
+            level = claim.count("level", head) + claim.count("too few", head)
+            # not broken in a narrow column
+            counts.append(f"{claim.count('ours', head)}\u00a0·\u00a0{level}\u00a0·\u00a0{claim.count('peer', head)}")
         ours = ", ".join(dict.fromkeys(short(d.ours["cache"]) for d in claim.duels))
         verdict = claim.verdict if claim.duels else "no cache of ours is so small"
         lines.append([f"{claim.peer}, ours at ≤ {percent(claim.limit)}", ours, *counts, f"**{verdict}**"])
