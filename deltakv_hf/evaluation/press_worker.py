@@ -89,14 +89,15 @@ def feed_behind(model: PreTrainedModel, ids: list[int], cache: DynamicCache, see
 
 def compare(logits: torch.Tensor, full_logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     """What `compare` in `fidelity.py` gives, by name."""
-    sums = torch.zeros(4)
+    tiles = []
     for start in range(0, len(targets), LOGIT_TILE):
         tile = slice(start, start + LOGIT_TILE)
         p, q = (torch.log_softmax(x[tile].float(), dim=-1) for x in (full_logits, logits))
         true = targets[tile, None]
-        kl, same = (p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()
-        sums += torch.stack([kl, same, -q.gather(1, true).sum(), -p.gather(1, true).sum()]).cpu()
-    return dict(zip(("kl", "top1", "nll", "full_nll"), (sums / len(targets)).tolist(), strict=True))
+        kl, same = (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()
+        figures = torch.stack([kl, same, -q.gather(1, true)[:, 0], -p.gather(1, true)[:, 0]])
+        tiles.append(figures.cpu().double())
+    return dict(zip(("kl", "top1", "nll", "full_nll"), torch.cat(tiles, dim=1).mean(1).tolist(), strict=True))
 
 
 def score_item(model: PreTrainedModel, cache: DynamicCache, seen: int, item: dict) -> dict:
