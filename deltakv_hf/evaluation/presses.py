@@ -52,12 +52,26 @@ class PressModel:
 
     @classmethod
     def like(cls, model: PreTrainedModel, source: str) -> PressModel:
-        """That of `source`, run as `model` is run here."""
+        """That of `source`, run as `model` is run here.
+
+        Args:
+            model: in this process.
+            source: its folder, or its id on the Hub.
+
+        Returns:
+            what another process is told of it.
+        """
         return cls(source, str(model.dtype).removeprefix("torch."), str(model.device), torch.get_num_threads())
 
 
 def pick_press(name: str) -> Press | None:
-    """The press called `name`, like `snapkv-0.5`; None if that is no press' name.
+    """The press of a name.
+
+    Args:
+        name: like `snapkv-0.5`: what it is called, and the share that it drops.
+
+    Returns:
+        the press; None if that is no press' name.
 
     Raises:
         InvalidOptionError: the name has no share to drop, or one out of range.

@@ -79,7 +79,22 @@ def make_contexts(
     seeds: Sequence[int],
     sources: Sources | None = None,
 ) -> dict[tuple[str, int], list[TaskContext]]:
-    """The contexts that `run_tasks` reads, by task's name and length: one for each of `seeds`."""
+    """The contexts that `run_tasks` reads.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        tasks: as `pick_tasks` gives them.
+        lengths: most tokens of a context.
+        seeds: one context of each task and length for each.
+        sources: texts of the contexts; None takes those that come with the package.
+
+    Returns:
+        contexts by task's name and length.
+
+    Raises:
+        InvalidOptionError: a length is too small for a task or too large for the model, or an argument is empty.
+    """
     for name, given in (("tasks", tasks), ("lengths", lengths), ("seeds", seeds)):
         if not given:
             raise InvalidOptionError(f"`{name}` must not be empty.")
