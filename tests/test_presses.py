@@ -21,9 +21,10 @@ from models import saved_byte_llama, tiny_model
 from transformers import DynamicCache
 
 from deltakv_hf import DeltaKVError, InvalidOptionError
-from deltakv_hf.cli import eval_peers
+from deltakv_hf.cli import eval_all, eval_peers
 from deltakv_hf.evaluation import fidelity, press_environment, press_process, presses, scores
 from deltakv_hf.evaluation.items import Item
+from deltakv_hf.evaluation.measurements import FidelityMeasurement, GenerationMeasurement, TaskMeasurement
 from deltakv_hf.evaluation.peers import PRESSES, pick_peer
 from deltakv_hf.evaluation.press_environment import check_environment, environment_folder, make_environment
 from deltakv_hf.evaluation.presses import PressModel, measure_press_fidelity, pick_press
@@ -374,6 +375,31 @@ def test_tasks_of_presses_stand_beside_ours(environment, tmp_path, kvpress, monk
     # of the full cache in either process: the press' change is to that of its own
     assert press["nll"] - press["nll_change"] == pytest.approx(full["nll"], rel=1e-5)
     assert press["nll_change"] != 0
+
+
+def test_a_suite_measures_presses_in_what_they_can_do(environment, tmp_path, kvpress, monkeypatch):
+    """Behind a context read in one call; not what is compressed or written in steps."""
+    monkeypatch.setitem(sys.modules, "kvpress", kvpress)
+    monkeypatch.setattr(presses, "answers", lambda environment, job: worker.run(json.loads(json.dumps(job))))
+    plan = [
+        FidelityMeasurement("fidelity", context=300, predict=20, windows=1),
+        FidelityMeasurement("long", context=300, predict=20, windows=1, predict_chunk=10),
+        TaskMeasurement("niah4-900", "niah4", context=900, contexts=1),
+        GenerationMeasurement("generation", context=60, new_tokens=6, prompts=2),
+    ]
+    monkeypatch.setattr(eval_all, "quick_plan", lambda: plan)
+    folder, out = saved_byte_llama(tmp_path / "model"), tmp_path / "out"
+    result = run("eval", "all", "--model", folder, "--device", "cpu", "--peer", "snapkv-0.5", "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "snapkv-0.5.json").read_text())["rows"]
+    assert [row["measurement"] for row in rows] == ["fidelity", "niah4-900"]
+    assert all("error" not in row and row["stored_share_16bit"] == pytest.approx(0.5, rel=1e-2) for row in rows)
+    assert rows[0]["figures"]["kl"] > 0 and rows[1]["figures"]["items"] == 4
+
+
+def test_presses_are_refused_where_caches_generate(environment):
+    result = run("eval", "generation", "--model", "nowhere", "--peer", "snapkv-0.5")
+    assert_refused(result, "peer", "snapkv-0.5", "compresses once", "deltakv eval fidelity")
 
 
 def test_windows_that_are_too_short_are_refused(environment):
