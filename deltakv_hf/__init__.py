@@ -18,6 +18,7 @@ from .errors import (
 from .joint import JointEncodedCache
 from .joint_config import JointEncodingConfig
 from .memory import MemoryReport
+from .releasing import ReleaseFinished
 from .stats import CacheStats
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "KVCompressor",
     "MemoryReport",
     "NotPicklableError",
+    "ReleaseFinished",
     "TrainingError",
     "UnsupportedModelError",
     "detach",

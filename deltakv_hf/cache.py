@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .block_table import BlockPool
 from .compressor import DirectCompressor, Int4Compressor
 from .compressor.kv_compressor import KVCompressor
 from .config import FREE, DeltaKVConfig
@@ -19,7 +20,7 @@ from .rope import RopeForm
 from .selection import SelectionPlan
 from .static_cache import StaticModelCache
 from .static_layer import StaticLayer
-from .static_run import check_max_cache_len, static_sizes
+from .static_run import check_max_cache_len, check_max_pool_tokens, pool_block_size, static_sizes
 
 
 class DeltaKVCache(StaticModelCache):
@@ -39,6 +40,8 @@ class DeltaKVCache(StaticModelCache):
         max_cache_len: columns that there is room for. With it, and `model.set_attn_implementation("deltakv")`, all
             memory is taken at the prompt and `generate` compiles its steps on a GPU; beyond it, it raises. None: the
             cache grows.
+        max_pool_tokens: with `max_cache_len`, compressed tokens that all rows together have room for; beyond it, it
+            raises. None: as many as the rows of the prompt may come to need, padding left out.
         **options: fields of `DeltaKVConfig`.
 
     Raises:
@@ -63,14 +66,17 @@ class DeltaKVCache(StaticModelCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         max_cache_len: int | None = None,
+        max_pool_tokens: int | None = None,
         **options,
     ):
         self.compressor = checked_compressor("compressor", compressor, model)
         self.options = DeltaKVConfig.from_options(options, compressor)
-        self._max_cache_len = max_cache_len
+        self._max_cache_len, ledger = max_cache_len, TokenLedger(self.options)
+        check_max_pool_tokens(max_pool_tokens, max_cache_len)
         if max_cache_len is not None:
             check_max_cache_len(max_cache_len, self.options, offloading)
-        super().__init__(model, TokenLedger(self.options), offloading, offload_only_non_sliding)
+            ledger.pool = BlockPool(pool_block_size(_strides(self.options, self.compressor)), max_pool_tokens)
+        super().__init__(model, ledger, offloading, offload_only_non_sliding)
         if max_cache_len is not None:
             self._fix_size(max_cache_len)
 
@@ -83,30 +89,68 @@ class DeltaKVCache(StaticModelCache):
                 # keys as the model rotated them, so that attention reads them as they are
                 form, make_compressor = None, _make_int4_compressor
             held = layer_idx, self._ledger, make_compressor, form, self._registry, plan.selector(layer_idx)
-            layers[layer_idx] = DeltaKVLayer(*held) if sizes is None else StaticLayer(*held, sizes=sizes)
+            if sizes is None:
+                layers[layer_idx] = DeltaKVLayer(*held)
+            else:
+                layers[layer_idx] = StaticLayer(*held, sizes=sizes, block_pool=self._ledger.pool)
         return layers
 
     def _sizes(self, max_cache_len: int) -> tuple[int, int, int]:
-        return static_sizes(self.options, max_cache_len, _strides(self.options, self.compressor))
+        return static_sizes(self.options, max_cache_len, self._ledger.pool.block_size)
 
-    def resize(self, max_cache_len: int) -> None:
+    def resize(self, max_cache_len: int, max_pool_tokens: int | None = None) -> None:
         """Makes room for another number of columns in a cache that was made with `max_cache_len`.
 
         What is held moves, with both rooms in memory for one layer at a time; the model's step is compiled anew.
 
         Args:
             max_cache_len: columns that there shall be room for.
+            max_pool_tokens: compressed tokens that all rows together shall have room for; None: as for the class.
 
         Raises:
-            InvalidOptionError: not that many columns can be, more are held, or the cache grows by itself.
+            InvalidOptionError: not that many columns or tokens can be, more are held, or the cache grows by itself.
         """
         if self._max_cache_len is None:
             raise InvalidOptionError(
                 f"`resize` must be left out for a cache without `max_cache_len`, which grows, got {max_cache_len}."
             )
         check_max_cache_len(max_cache_len, self.options, self.offloading)
-        self._resize(self._sizes(max_cache_len))
+        check_max_pool_tokens(max_pool_tokens, max_cache_len)
+        self._resize(self._sizes(max_cache_len), max_pool_tokens)
         self._max_cache_len = max_cache_len
+
+    def release_rows(self, rows: list[int] | torch.Tensor) -> None:
+        """Forgets all tokens of some rows, whose texts have come to their end; the other rows stay as they are.
+
+        They stay in the batch and may be fed, but what they say means nothing any more. With `max_cache_len` other
+        rows may take their blocks of the pool, and steps read nothing of them. Layers of the host keep what they hold.
+        In `generate`, `ReleaseFinished` calls it.
+
+        Args:
+            rows: their numbers, or `[batch]` bool.
+
+        Raises:
+            InvalidOptionError: there is no such row.
+            CacheStateError: the last forward was broken off.
+
+        Examples:
+            >>> cache.release_rows([])
+        """
+        self._check_whole()
+        ledger = self._ledger
+        ledger.settle()
+        numbers = torch.as_tensor(rows).cpu()
+        numbers = (numbers.nonzero().flatten() if numbers.dtype == torch.bool else numbers).tolist()
+        if not all(0 <= row < ledger.batch_size for row in numbers):
+            raise InvalidOptionError(f"`rows` must be from 0 to {ledger.batch_size - 1}, got {numbers}.")
+        if not numbers:
+            return
+        with ledger.changing("release_rows"):
+            ledger.release(numbers)
+            for layer in self.own_layers:
+                layer.forget_rows()
+                if not any(ledger.compressed):
+                    layer.drop_sinks()
 
     @classmethod
     def from_pretrained(
@@ -163,6 +207,7 @@ class DeltaKVCache(StaticModelCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         max_cache_len: int | None = None,
+        max_pool_tokens: int | None = None,
     ) -> DeltaKVCache:
         """The cache that `save` wrote, for the same model; its options are the saved ones.
 
@@ -174,6 +219,7 @@ class DeltaKVCache(StaticModelCache):
             offloading: as for `DeltaKVCache`.
             offload_only_non_sliding: as for `DeltaKVCache`.
             max_cache_len: as for `DeltaKVCache`; the saved cache may have been of another size, or of none.
+            max_pool_tokens: as for `DeltaKVCache`.
 
         Returns:
             A cache in memory of its own, on the devices where the layers of `model` run. Its `saved_prompt` is the
@@ -187,7 +233,8 @@ class DeltaKVCache(StaticModelCache):
         def make(options: dict) -> DeltaKVCache:
             free = options if compressor is None else {name: options[name] for name in FREE}
             placing = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
-            return cls(model, compressor=compressor, max_cache_len=max_cache_len, **placing, **free)
+            sizes = {"max_cache_len": max_cache_len, "max_pool_tokens": max_pool_tokens}
+            return cls(model, compressor=compressor, **sizes, **placing, **free)
 
         return cls._load(path, model, input_ids, make, compressor)
 

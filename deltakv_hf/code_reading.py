@@ -31,6 +31,7 @@ class Kind:
         references: what is added to these.
         offsets: `[n]` int64, which compressed tokens they are; None: all, in order.
         lengths: `[batch]` int32, how many of the n each row has; None: all.
+        slot_map: `[batch, n]` int32, where in `codes` they stand; None: in order.
     """
 
     is_reference: bool
@@ -39,6 +40,12 @@ class Kind:
     references: dispatch.References | None
     offsets: torch.Tensor | None
     lengths: torch.Tensor | None = None
+    slot_map: torch.Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a row there is room for."""
+        return (self.codes if self.slot_map is None else self.slot_map).shape[1]
 
 
 @dataclass(frozen=True)
@@ -122,13 +129,15 @@ class CodeReader:
             tokens, numbers, lengths = self._listed(kind, slots)
         return dispatch.reconstruct_and_attend(
             *(query, kind.codes, kind.coded.vectors, *self._maps(kind.coded, *query.shape[1::2]), kind.references),
-            *(self._rotation(tokens), _picked(mask, tokens), numbers, lengths, before, self.scale, dtype, self.backend),
+            *(self._rotation(tokens), _picked(mask, tokens), numbers, kind.slot_map, lengths),
+            *(before, self.scale, dtype, self.backend),
         )
 
     def _score_kind(self, kind: Kind, query: torch.Tensor) -> torch.Tensor:
         key_map, _ = self._maps(kind.coded, *query.shape[1::2])
         return dispatch.score_leading(
             *(query, kind.codes, kind.coded.vectors, key_map, kind.references, self._rotation(kind.offsets)),
+            slot_map=kind.slot_map,
             lengths=kind.lengths,
             scale=self.scale,
             backend=self.backend,
@@ -157,7 +166,7 @@ class CodeReader:
         tokens = slots.gather(1, (~is_kind).byte().argsort(dim=1, stable=True))
         numbers = tokens // stride if kind.is_reference else tokens - tokens // stride - 1
         # behind the length stand the others, which are not read
-        return tokens, numbers.clamp(0, kind.codes.shape[1] - 1), is_kind.sum(1).int()
+        return tokens, numbers.clamp(0, kind.room - 1), is_kind.sum(1).int()
 
     def _rotation(self, tokens: torch.Tensor | None) -> dispatch.Rotation | None:
         """Tables of angles, and where in them compressed tokens, `[n]`, `[batch, n]` or None for all, stand."""

@@ -238,6 +238,7 @@ def reconstruct_and_attend(
     rotation: Rotation | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     before: Attended | None = None,
     scale: float = 1.0,
@@ -246,7 +247,7 @@ def reconstruct_and_attend(
 ) -> Attended:
     """See `kernels/reference/reconstruct_and_attend.py`; backends differ in the order of sums."""
     op = _op("reconstruct_and_attend", backend, query.device)
-    maps, kind = (key_map, value_map), (references, rotation, mask, slots, lengths)
+    maps, kind = (key_map, value_map), (references, rotation, mask, slots, slot_map, lengths)
     return op(query, codes, vectors, *maps, *kind, before, scale, dtype)
 
 
@@ -258,13 +259,14 @@ def score_leading(
     references: References | None = None,
     rotation: Rotation | None = None,
     slots: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     scale: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """See `kernels/reference/score_leading.py`; backends differ in the order of sums."""
     op = _op("score_leading", backend, query.device)
-    return op(query, codes, vectors, key_map, references, rotation, slots, lengths, scale)
+    return op(query, codes, vectors, key_map, references, rotation, slots, slot_map, lengths, scale)
 
 
 def unrotate(

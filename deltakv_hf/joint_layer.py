@@ -69,7 +69,7 @@ class JointLayer(DeltaKVLayer):
         self._handed = None
         if self.is_initialized:
             arrangement = self.ledger.arrangement
-            self.state = self.state.crop(crop, lambda store, count: store.arranged(arrangement))
+            self.state = self.state.crop(crop, lambda store, counts: store.arranged(arrangement))
 
     def expected_store(self, store: TokenStore) -> TokenStore:
         """See `DeltaKVLayer.expected_store`."""

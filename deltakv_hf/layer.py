@@ -63,6 +63,11 @@ class DeltaKVLayer(CacheLayerMixin):
         self._handed: tuple[torch.Tensor, ...] | None = None
 
     @property
+    def held(self) -> LayerState | None:
+        """The state, for who does not look into its store."""
+        return self.state
+
+    @property
     def columns(self) -> int:
         """Columns seen."""
         return 0 if self.state is None else self.state.columns
@@ -80,8 +85,12 @@ class DeltaKVLayer(CacheLayerMixin):
         dims = key_states.shape[-1], value_states.shape[-1]
         self.compressor = self._make_compressor(heads, *dims, self.dtype, self.device)
         raw = [states[:, :, :0].clone() for _ in range(3) for states in (key_states, value_states)]
-        self.state = LayerState(*raw, store=self.compressor.empty(batch, self.device))
+        self.state = LayerState(*raw, store=self._empty(batch))
         self.is_initialized = True
+
+    def _empty(self, batch: int) -> TokenStore:
+        """A store of rows that hold nothing."""
+        return self.compressor.empty(batch, self.device)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Stores new tokens and returns keys and values of all columns seen.
@@ -112,12 +121,13 @@ class DeltaKVLayer(CacheLayerMixin):
     def _store(self, step: Step, key_states: torch.Tensor, value_states: torch.Tensor):
         """Does `step`. The state is replaced whole: an interrupt leaves the one before or the one after."""
         self.prefetch()
-        if step.before is not None and self.state.num_flushes < step.before.number:
-            self.state = self._flushed(self.state, step.before)
+        if step.before is not None and self.held.num_flushes < step.before.number:
+            self.state = self._flushed(self.held, step.before)
+        held = self.held
         state = replace(
-            self.state,
-            pending_keys=append(self.state.pending_keys, key_states),
-            pending_values=append(self.state.pending_values, value_states),
+            held,
+            pending_keys=append(held.pending_keys, key_states),
+            pending_values=append(held.pending_values, value_states),
             columns=step.past + step.query_length,
         )
         view = self._lazy_view(state, step.layout) if step.past else (key_states, value_states)
@@ -144,14 +154,14 @@ class DeltaKVLayer(CacheLayerMixin):
 
     def has_begun(self, step: Step) -> bool:
         """Whether the layer has changed in a forward that was broken off."""
-        flushed = step.before is not None and self.is_initialized and self.state.num_flushes >= step.before.number
+        flushed = step.before is not None and self.is_initialized and self.held.num_flushes >= step.before.number
         return flushed or self.columns > step.past
 
     def complete(self, step: Step) -> None:
         """Takes zeros for the tokens of a forward that was broken off before this layer; `crop` removes them."""
         if self.tables is not None:
             self.tables.pad(step.past + step.query_length)
-        raw = self.state.tail_keys, self.state.tail_values
+        raw = self.held.tail_keys, self.held.tail_values
         self._store(step, *(part.new_zeros(*part.shape[:2], step.query_length, part.shape[3]) for part in raw))
         self.ledger.side.join()
 
@@ -193,7 +203,7 @@ class DeltaKVLayer(CacheLayerMixin):
         if self.is_initialized:
             away = self._is_away()
             self.prefetch()
-            self.state = self._flushed(self.state, flush)
+            self.state = self._flushed(self.held, flush)
             if away:
                 self.offload()
 
@@ -275,13 +285,22 @@ class DeltaKVLayer(CacheLayerMixin):
     def drop_sinks(self) -> None:
         """Lets go of the room for sinks: no row has a compressed token any more."""
         if self.is_initialized:
-            self.state = self.state.without_sinks()
+            self.state = self.held.without_sinks()
 
     def crop_to(self, crop: Crop) -> None:
         """Forgets the newest columns, those in the store included: what stays of it keeps its codes."""
         self._handed = None
         if self.is_initialized:
-            self.state = self.state.crop(crop, self.compressor.cut)
+            self.state = self.held.crop(crop, self._cut)
+
+    def forget_rows(self) -> None:
+        """Holds no more compressed tokens of each row than the ledger counts."""
+        if self.is_initialized:
+            self.state = replace(self.held, store=self._cut(self.held.store, self.ledger.compressed))
+
+    def _cut(self, store: TokenStore, counts: list[int]) -> TokenStore:
+        """`store` with so many tokens of each row; what stays keeps its codes."""
+        return self.compressor.cut(store, max(counts))
 
     def expected_store(self, store: TokenStore) -> TokenStore:
         """A store on the meta device as `store`, out of a file, must look: it may have room for more than is held."""
@@ -323,7 +342,7 @@ class DeltaKVLayer(CacheLayerMixin):
     # -- offloading ----------------------------------------------------------------------------------------------
 
     def _is_away(self) -> bool:
-        return self.is_initialized and self.state.tail_keys.device != self.device
+        return self.is_initialized and self.held.tail_keys.device != self.device
 
     def offload(self) -> None:
         """Moves what is stored to the CPU."""
@@ -341,6 +360,10 @@ class DeltaKVLayer(CacheLayerMixin):
         self.is_initialized = False
         if self.selector is not None:
             self.selector.reset()
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """What packed tokens stand in, by the names of a store's fields."""
+        return vars(self.state.store)
 
     def spare(self) -> list[torch.Tensor]:
         """Room that is held while nothing is stored."""

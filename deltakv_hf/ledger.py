@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from .block_table import BlockPool
 from .config import DeltaKVConfig
 from .errors import CacheStateError
 from .hf_compat import HostCopy
@@ -35,11 +36,13 @@ class TokenLedger:
         compressed: compressed tokens of each row.
         tail_lengths, tail_width: real tokens in each row's tail, and the width of the tail tensors.
         row_columns: column of each real token by row (CPU int64), or None while no padding was seen.
+        released: how many columns of each row were given up, whatever masks say of them; empty while none were.
         layout: where tokens stand now.
         step: the running forward, until it has reached every layer.
         num_layers, num_arrived: layers that share the ledger, and those that the running forward has been through.
         stats: what the cache has done so far.
         side: where layers code a long prompt.
+        pool: of a cache of fixed size, what has to have room for compressed tokens.
         serial, closed_serial: number of the newest forward that a module has begun, and of the newest that has been
             through every layer of ours.
         torn: the operation between forwards that is changing the layers one by one, or was broken off.
@@ -53,6 +56,7 @@ class TokenLedger:
     compressed: list[int] = field(default_factory=list)
     tail_lengths: list[int] = field(default_factory=list)
     tail_width: int = 0
+    released: list[int] = field(default_factory=list)
     row_columns: list[torch.Tensor] | None = None
     num_flushes: int = 0
     step: Step | None = None
@@ -61,6 +65,7 @@ class TokenLedger:
     num_arrived: int = 0
     stats: CacheStats = field(default_factory=CacheStats)
     side: SideStream = field(default_factory=SideStream)
+    pool: BlockPool | None = None
     serial: int = 0
     closed_serial: int = 0
     torn: str | None = None
@@ -171,7 +176,7 @@ class TokenLedger:
     def counts(self) -> dict[str, int | list[int]]:
         """Every public count by name; with `row_columns` all that `restore` needs. Settle the ledger first."""
         names = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "row_columns"]
-        held = {name: getattr(self, name) for name in names}
+        held = {name: getattr(self, name) for name in names if name != "released" or self.released}
         return {name: value for name, value in held.items() if type(value) in (int, list)}
 
     def held(self) -> dict[str, torch.Tensor]:
@@ -192,7 +197,7 @@ class TokenLedger:
 
     def reset(self, stats: CacheStats | None = None) -> None:
         """Forgets all counts, those of `stats` only if none are given."""
-        self.__init__(self.config, num_layers=self.num_layers, stats=stats or CacheStats())
+        self.__init__(self.config, num_layers=self.num_layers, pool=self.pool, stats=stats or CacheStats())
 
     def check_touched(self, touched: dict[int, int]) -> None:
         """Raises if the newest forward of a linear layer (by `layer_idx`) is not the newest of ours."""
@@ -296,6 +301,8 @@ class TokenLedger:
         self._relayout()
 
     def _count_masked(self, mask: torch.Tensor) -> None:
+        for row, count in enumerate(self.released):
+            mask[row, :count] = False
         fresh, old = mask[:, self._settled :], mask[:, : self._settled]
         if self.row_columns is None:
             if fresh.all():
@@ -319,6 +326,10 @@ class TokenLedger:
             padding[row, columns] = False
         return padding
 
+    def num_padding(self) -> list[int]:
+        """Of each row, padding among the columns whose mask is known."""
+        return [self._settled - seen for seen in self.seen]
+
     def canonical(self, num_tokens: int) -> int:
         """Compressed tokens of a row that has seen `num_tokens`: whole blocks beyond sinks and window."""
         beyond = num_tokens - self.config.num_sink_tokens - self.config.recent_window
@@ -334,6 +345,8 @@ class TokenLedger:
         if targets == self.compressed and not (merge and self.columns > self.merged):
             return None
         check_num_references(self._lattice, max(targets))
+        if self.pool is not None:
+            self.pool.check(targets)
         flush = self._even_flush(targets[0]) if self.row_columns is None else self._ragged_flush(targets)
         self.num_flushes += 1
         self.stats = self.stats.plus(encoded_tokens=sum(targets) - sum(self.compressed))
@@ -379,11 +392,22 @@ class TokenLedger:
         ]
         return Flush(self.num_flushes + 1, stack(sources), members, stack(tails))
 
+    def release(self, rows: list[int]) -> None:
+        """Forgets the tokens of `rows` of the settled ledger: their columns count as padding from now on."""
+        given_up = set(rows)
+        held = self.row_columns or [torch.arange(self.columns)] * self.batch_size
+        self.row_columns = [columns[:0] if row in given_up else columns for row, columns in enumerate(held)]
+        before = self.released or [0] * self.batch_size
+        self.released = [self.columns if row in given_up else count for row, count in enumerate(before)]
+        for name in ("seen", "compressed", "tail_lengths"):
+            setattr(self, name, [0 if row in given_up else n for row, n in enumerate(getattr(self, name))])
+        self._relayout()
+
     def select_rows(self, rows: list[int] | None, batch_size: int) -> None:
         """The batch becomes `rows` of the settled old one, in that order; None where all rows are alike."""
         rows = [0] * batch_size if rows is None else rows
-        for name in ("seen", "compressed", "tail_lengths"):
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        for name in ("seen", "compressed", "tail_lengths", "released"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows if getattr(self, name)])
         if self.row_columns is not None:
             self.row_columns = [self.row_columns[row] for row in rows]
         self.batch_size = batch_size
@@ -409,6 +433,7 @@ class TokenLedger:
         crop = self._plan_crop(keep, merged, kept)
         self.stats = self._count_crop(self.columns - keep, crop.num_dropped)
         self.seen, self.compressed, self.tail_lengths = kept, crop.compressed, crop.tail_lengths
+        self.released = [min(count, keep) for count in self.released]
         self.tail_width = max(crop.tail_lengths, default=0)
         self.columns = self._settled = keep
         self.merged = merged

@@ -128,17 +128,17 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
     parts = dict.fromkeys(PARTS, 0)
     dense, compressed, compressed_dense, used = 0, 0, 0, []
     for layer in layers:
-        if not hasattr(layer, "state"):
+        if not hasattr(layer, "held"):
             size = held_bytes(host_layers.tensors(layer))
             parts["host layers"] += size
             dense += size
-        elif layer.state is not None:
-            state, store = layer.state, layer.state.store
+        elif layer.held is not None:
+            state = layer.held
             raw = [state.tail_keys, state.tail_values, state.pending_keys, state.pending_values]
             parts["recent window"] += held_bytes(raw)
             # in a layer of fixed size they stand in the room of the window
             parts["sinks"] += held_bytes([state.sink_keys, state.sink_values, *raw]) - held_bytes(raw)
-            for name, part in vars(store).items():
+            for name, part in layer.packed().items():
                 parts[STORE_PARTS.get(name, "codes")] += held_bytes([part])
             used += layer.compressor.tensors()
             for raw in (state.tail_keys, state.tail_values):

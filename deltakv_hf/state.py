@@ -45,8 +45,8 @@ class LayerState:
         changed = {name: change(part) for name, part in self.raw().items()}
         return replace(self, **changed, store=self.store.map(change))
 
-    def crop(self, crop: Crop, cut: Callable[[TokenStore, int], TokenStore]) -> LayerState:
-        """The state without the newest columns; `cut` keeps the first tokens of a store."""
+    def crop(self, crop: Crop, cut: Callable[[TokenStore, list[int]], TokenStore]) -> LayerState:
+        """The state without the newest columns; `cut` keeps so many tokens of each row of a store."""
         width, store = max(crop.tail_lengths), self.store
         parts = {name: part[:, :, : crop.pending].clone() for name, part in self.raw().items() if "pending" in name}
         for kind in ("keys", "values"):
@@ -58,7 +58,7 @@ class LayerState:
                 tail = tail[:, :, :width].clone()
             parts[f"tail_{kind}"] = tail
         if crop.num_dropped:
-            store = cut(store, max(crop.compressed))
+            store = cut(store, crop.compressed)
         cropped = replace(self, **parts, store=store, columns=crop.columns)
         return cropped if any(crop.compressed) else cropped.without_sinks()
 

@@ -29,7 +29,7 @@ class StaticModelCache(ModelCache):
             return
         self._static = StaticRun(max_cache_len, self._ledger, self._registry, layers)
 
-    def _resize(self, sizes: tuple[int, int, int]) -> None:
+    def _resize(self, sizes: tuple[int, int, int], max_pool_tokens: int | None) -> None:
         self._check_whole()
         self._ledger.settle()
         if self._static is not None:
@@ -37,7 +37,7 @@ class StaticModelCache(ModelCache):
                 raise InvalidOptionError(
                     f"`max_cache_len` must be at least the {self._ledger.columns} columns held, got {sizes[0]}."
                 )
-            self._static.resize(sizes)
+            self._static.resize(sizes, max_pool_tokens)
 
     @property
     def _attends(self) -> bool:

@@ -1,19 +1,22 @@
 """A layer of a cache of fixed size: the tokens of a `DeltaKVLayer` in tensors that keep their addresses.
 
-Between decode steps it is a `DeltaKVLayer`: its state is read as views of the buffers, and a new state is written into
-them. A decode step of one token goes another way, which a compiler can trace and a graph can repeat: the token is
-written behind the raw ones, and attention reads the buffers up to lengths that are tensors.
+Between decode steps it is a `DeltaKVLayer`: raw tokens are views of the buffers, packed ones stand in blocks of a pool,
+and a new state is written into them. A decode step of one token goes another way, which a compiler can trace and a
+graph can repeat: the token is written behind the raw ones, and attention reads the buffers up to lengths that are
+tensors.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from .block_table import BlockPool, BlockTable
 from .compressor import Int4Compressor, TokenStore, TransformCompressor
 from .errors import CacheStateError, UnsupportedModelError
+from .hf_compat import upload
 from .layer import DeltaKVLayer
 from .layout import FlushGroup, Layout
 from .selection import Selector
@@ -36,14 +39,33 @@ class StaticStates:
         self.layer, self.shape, self.dtype, self.device = layer, like.shape, like.dtype, like.device
 
 
+@dataclass(frozen=True)
+class PooledTokens:
+    """Packed tokens that stand in a layer's pool: the `store` of its state.
+
+    Attributes:
+        table: their blocks.
+        counts: how many of each row.
+    """
+
+    table: BlockTable
+    counts: list[int]
+
+    def fitted(self, counts: list[int]) -> PooledTokens:
+        """The same of rows of so many."""
+        return PooledTokens(self.table.fitted(counts), counts)
+
+
 class StaticLayer(DeltaKVLayer):
     """A cache layer for full attention with room for so many tokens.
 
     Args:
         *args: as for `DeltaKVLayer`.
         sizes: columns, compressed and raw tokens that a row has room for.
+        block_pool: of the cache.
 
     Attributes:
+        pool: packed tokens of all rows, a store with one row.
         plan: of the cache; None before the first step.
         is_first, is_last: of the layers, which take turns in a step.
         writes_tables: whether a step's RoPE tables come from this layer.
@@ -53,14 +75,15 @@ class StaticLayer(DeltaKVLayer):
     is_compileable = True
     saved_as = DeltaKVLayer.__name__
 
-    def __init__(self, *args, sizes: tuple[int, int, int]):
+    def __init__(self, *args, sizes: tuple[int, int, int], block_pool: BlockPool):
         self.raw_keys: torch.Tensor | None = None
         self.raw_values: torch.Tensor | None = None
-        self.room: TokenStore | None = None
+        self.pool: TokenStore | None = None
         self.plan: StaticPlan | None = None
         self.reader: StaticReader | None = None
         self.max_cache_len, self.capacity, self.num_raw = sizes
         self.is_first = self.is_last = self.writes_tables = self.chooses = self.is_told = False
+        self._block_pool, self._num_blocks = block_pool, 0
         self._held: tuple | None = None
         self._anchor: torch.Tensor | None = None
         super().__init__(*args)
@@ -68,16 +91,22 @@ class StaticLayer(DeltaKVLayer):
     # -- between steps: the state is views of the buffers ----------------------------------------------------------
 
     @property
-    def state(self) -> LayerState | None:
+    def held(self) -> LayerState | None:
+        """The state; its raw parts are views, its store says where packed tokens stand."""
         if self._held is None:
             return None
-        widths, shapes, columns, num_flushes = self._held
+        widths, packed, columns, num_flushes = self._held
         raw, at = [], 0
         for width in widths:
             raw += [self.raw_keys[:, :, at : at + width], self.raw_values[:, :, at : at + width]]
             at += width
-        store = type(self.room)(*(_corner(getattr(self.room, name), shape) for name, shape in shapes.items()))
-        return LayerState(*raw, store, columns, num_flushes)
+        return LayerState(*raw, packed, columns, num_flushes)
+
+    @property
+    def state(self) -> LayerState | None:
+        """The state with a store as a growing layer has it, in memory of its own."""
+        held = self.held
+        return None if held is None else replace(held, store=self._taken(held.store))
 
     @state.setter
     def state(self, state: LayerState | None) -> None:
@@ -90,12 +119,29 @@ class StaticLayer(DeltaKVLayer):
             raise CacheStateError(
                 f"`max_cache_len` must be at least the {state.columns} columns held, got {self.max_cache_len}."
             )
-        self._make_room(state)
-        widths = tuple(getattr(state, f"{part}_keys").shape[2] for part in RAW)
-        shapes = {name: getattr(state.store, name).shape for name in state.store.names()}
-        places = [
-            (_corner(getattr(self.room, name), shape), getattr(state.store, name)) for name, shape in shapes.items()
-        ]
+        widths = self._write_raw(state)
+        packed = state.store if isinstance(state.store, PooledTokens) else self._put(state.store)
+        self._held = widths, packed, state.columns, state.num_flushes
+
+    @property
+    def columns(self) -> int:
+        """Columns seen."""
+        return 0 if self._held is None else self._held[2]
+
+    def _write_raw(self, state: LayerState) -> tuple[int, ...]:
+        """Puts the raw parts of `state` where they belong, one behind the other, and gives their widths."""
+        widths, tail = tuple(getattr(state, f"{part}_keys").shape[2] for part in RAW), state.tail_keys
+        if sum(widths) > self.num_raw:
+            # padding in many short calls
+            self.num_raw = 2 * sum(widths)
+        form, room = (*tail.shape[:2], self.num_raw, tail.shape[3]), self.raw_keys
+        if room is None or (room.shape, room.dtype, room.device) != (form, tail.dtype, tail.device):
+            # zeros: what is never read is multiplied by zero
+            self.raw_keys, self.raw_values = (
+                part.new_zeros(*part.shape[:2], self.num_raw, part.shape[3]) for part in (tail, state.tail_values)
+            )
+            self.reader = None
+        places = []
         for room, kind in ((self.raw_keys, "keys"), (self.raw_values, "values")):
             parts = [getattr(state, f"{part}_{kind}") for part in RAW]
             places += zip(room[:, :, : sum(widths)].split(widths, dim=2), parts, strict=True)
@@ -104,30 +150,88 @@ class StaticLayer(DeltaKVLayer):
         places = [(place, new.clone() if _storage(new) == _storage(place) else new) for place, new in places]
         for place, new in places:
             place.copy_(new)
-        self._held = widths, shapes, state.columns, state.num_flushes
+        return widths
 
-    def _make_room(self, state: LayerState) -> None:
-        """Buffers for the rows of `state`, the old ones if they are of the same form."""
-        tail, batch = state.tail_keys, state.tail_keys.shape[0]
-        num_raw = sum(getattr(state, f"{part}_keys").shape[2] for part in RAW)
-        if num_raw > self.num_raw:
-            # padding in many short calls
-            self.num_raw = 2 * num_raw
-        form, room = ((batch, tail.shape[1], self.num_raw, tail.shape[3]), tail.dtype, tail.device), self.raw_keys
-        if room is not None and (room.shape, room.dtype, room.device) == form:
+    # -- packed tokens in blocks of the pool -----------------------------------------------------------------------
+
+    def _put(self, store: TokenStore) -> PooledTokens:
+        """Writes what the rows of `store` hold, as many tokens of each as the ledger says, into blocks of the pool."""
+        counts = self.ledger.compressed
+        packed = self._empty(len(counts)).fitted(counts)
+        self._make_pool(packed.table)
+        for count in set(counts):
+            rows, last = [row for row, own in enumerate(counts) if own == count], self.compressor.records(count)
+            picked = upload(torch.tensor(rows), self.device)
+            part = store.cut(*last).map(lambda records, picked=picked: records.index_select(0, picked))
+            self.pool.put(part, *self._slots(packed.table, picked, (0, 0), last))
+        return packed
+
+    def _taken(self, packed: PooledTokens) -> TokenStore:
+        """The inverse: a store of all rows, zeros behind a shorter one's last token."""
+        last = self.compressor.records(max(packed.counts, default=0))
+        store = self.pool.take(*self._slots(packed.table, None, (0, 0), last))
+        ragged = enumerate(packed.counts) if len(set(packed.counts)) > 1 else ()
+        for row, count in ragged:
+            for name, number in store.counts(*self.compressor.records(count)).items():
+                records = getattr(store, name)[row]
+                records.narrow(store.axis - 1, number, records.shape[store.axis - 1] - number).zero_()
+        return store
+
+    def _slots(
+        self, table: BlockTable, rows: torch.Tensor | None, first: tuple[int, int], last: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        """Of `rows` (None: all) the slots of records `first .. last - 1`, with references and with residuals."""
+        sizes = self.compressor.records(table.block_size)
+        slots = [table.slots(n, self.device)[:, a:b] for n, a, b in zip(sizes, first, last, strict=True)]
+        return slots if rows is None else [part.index_select(0, rows) for part in slots]
+
+    def _empty(self, batch: int) -> PooledTokens:
+        """What rows that hold nothing have in the pool, which is as large as they may come to need."""
+        ledger = self.ledger
+        most = [ledger.canonical(self.max_cache_len - padding) for padding in ledger.num_padding()]
+        table = self._block_pool.empty(batch, max(self._num_blocks, self._block_pool.num_blocks(most)))
+        self._make_pool(table)
+        return PooledTokens(table, [0] * batch)
+
+    def _make_pool(self, table: BlockTable) -> None:
+        """Makes the pool as large as `table` says; what it holds stays."""
+        if self.pool is not None and table.num_blocks <= self._num_blocks:
             return
-        # zeros: what is never read is multiplied by zero
-        self.raw_keys, self.raw_values = (
-            part.new_zeros(*part.shape[:2], self.num_raw, part.shape[3]) for part in (tail, state.tail_values)
-        )
-        self.room = self.compressor.empty(batch, tail.device, self.capacity).map(torch.Tensor.zero_)
+        before, self._num_blocks = self.pool, table.num_blocks
+        num_tokens = table.num_blocks * table.block_size
+        self.pool = self.compressor.empty(1, self.device, num_tokens).map(torch.Tensor.zero_)
         self.reader = None
+        for name in self.pool.names() if before is not None else ():
+            held = getattr(before, name)
+            getattr(self.pool, name).narrow(before.axis, 0, held.shape[before.axis]).copy_(held)
+
+    def _coded(self, store: PooledTokens, group: FlushGroup, read) -> PooledTokens:
+        rows, start, stop, coder = group.rows, group.start, group.stop, self.compressor
+        counts = list(store.counts)
+        for row in range(len(counts)) if rows is None else rows:
+            counts[row] = stop
+        packed, picked = store.fitted(counts), None if rows is None else upload(torch.tensor(rows), self.device)
+        self._make_pool(packed.table)
+        held = self.pool.take(*self._slots(packed.table, picked, (0, 0), coder.context(start)))
+        new = coder.code(held, start, stop, read)
+        # behind what is held, so that a state of before stays what it was
+        self.pool.put(new, *self._slots(packed.table, picked, coder.begin(start), coder.records(stop)))
+        return packed
+
+    def _cut(self, store: PooledTokens, counts: list[int]) -> PooledTokens:
+        return store.fitted(counts)
+
+    def _lazy_view(self, state: LayerState, layout: Layout):
+        # it is read later, when the flush of a long call has written over the raw part
+        kept = {name: part.clone() for name, part in state.raw().items()}
+        return super()._lazy_view(replace(state, store=self._taken(state.store), **kept), layout)
 
     def resize(self, sizes: tuple[int, int, int]) -> None:
         """Moves what is held into room for other `sizes`, as of the class."""
         state = self.state
         self.max_cache_len, self.capacity, self.num_raw = sizes
-        self.raw_keys = self.raw_values = self.room = self.reader = None
+        self.raw_keys = self.raw_values = self.pool = self.reader = None
+        self._num_blocks = 0
         self.state = state
 
     def equip(self, plan: StaticPlan) -> None:
@@ -135,27 +239,21 @@ class StaticLayer(DeltaKVLayer):
         self.plan = plan
         for tensor in (self.raw_keys, self.raw_values):
             keep_address(tensor)
-        held = self.room, self.compressor, self.form, self.tables, self.selector
+        held = self.pool, self.compressor, self.form, self.tables, self.selector
         if self._anchor is None or self._anchor.device != plan.device:
             self._anchor = torch.zeros(1, device=plan.device)
         self.reader = StaticReader(plan, *held, self._anchor)
         self.reader.warm_up(self.raw_keys, self.raw_keys.shape[1])
 
-    def _lazy_view(self, state: LayerState, layout: Layout):
-        # it is read later, when the flush of a long call has written over the raw part, and over a part of a block
-        kept = {name: part.clone() for name, part in state.raw().items()}
-        if isinstance(self.compressor, Int4Compressor):
-            kept["store"] = state.store.map(torch.clone)
-        return super()._lazy_view(replace(state, **kept), layout)
-
-    def _coded(self, store: TokenStore, group: FlushGroup, read) -> TokenStore:
-        # in place: a long store is not copied for a block
-        return self.compressor.append(store, group.rows, group.start, group.stop, read, self.room)
-
     def advance(self, num_steps: int) -> None:
         """Counts the tokens of steps that have run."""
-        (sinks, tail, pending), shapes, columns, num_flushes = self._held
-        self._held = (sinks, tail, pending + num_steps), shapes, columns + num_steps, num_flushes
+        (sinks, tail, pending), packed, columns, num_flushes = self._held
+        self._held = (sinks, tail, pending + num_steps), packed, columns + num_steps, num_flushes
+
+    @property
+    def table(self) -> BlockTable:
+        """The blocks of each row."""
+        return self._held[1].table
 
     @property
     def num_sinks(self) -> int:
@@ -169,16 +267,21 @@ class StaticLayer(DeltaKVLayer):
 
     def pretend(self, num_tokens: int, columns: int) -> None:
         """Holds `num_tokens` compressed tokens of random codes, for who measures the time of a step."""
-        widths, _, _, num_flushes = self._held
-        like = self.compressor.empty(self.raw_keys.shape[0], torch.device("meta"), num_tokens)
-        for room in vars(self.room).values():
+        widths, packed, _, num_flushes = self._held
+        packed = packed.fitted([num_tokens] * len(packed.counts))
+        self._make_pool(packed.table)
+        for part in vars(self.pool).values():
             # numbers of references and levels stay zero: no other are known to be in range
-            room.random_(0, 256) if room.dtype == torch.uint8 else room.zero_()
-        self._held = widths, {name: getattr(like, name).shape for name in like.names()}, columns, num_flushes
+            part.random_(0, 256) if part.dtype == torch.uint8 else part.zero_()
+        self._held = widths, packed, columns, num_flushes
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """See `DeltaKVLayer.packed`: the pool."""
+        return vars(self.pool)
 
     def spare(self) -> list[torch.Tensor]:
         """Room that is held while nothing is stored."""
-        return [] if self.room is None else [self.raw_keys, self.raw_values, *vars(self.room).values()]
+        return [] if self.pool is None else [self.raw_keys, self.raw_values, *vars(self.pool).values()]
 
     def get_max_length(self) -> int:
         """Columns that it has room for."""
@@ -242,10 +345,6 @@ class StaticLayer(DeltaKVLayer):
         if self.is_last:
             plan.move_on()
         return output
-
-
-def _corner(room: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    return room[tuple(slice(size) for size in shape)]
 
 
 def _storage(tensor: torch.Tensor) -> int:

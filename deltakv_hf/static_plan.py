@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .block_table import BlockTable, slots_of
+from .dispatch import INT4_GROUP
 from .hf_compat import upload
 from .ledger import TokenLedger
 from .references import Lattice
@@ -23,11 +25,13 @@ class StaticKind:
         offsets: `[n]` int64, which compressed tokens they are; None: all, in order.
         lengths: `[batch]` int32, how many there are.
         columns: `[batch, n]` int32, where they stand.
+        slot_map: `[batch, n]` int32, their places in a layer's pool.
     """
 
     offsets: torch.Tensor | None
     lengths: torch.Tensor
     columns: torch.Tensor
+    slot_map: torch.Tensor
 
 
 class StaticPlan:
@@ -39,6 +43,7 @@ class StaticPlan:
         num_raw: tokens that its raw part has room for.
         num_sink_tokens: of the cache.
         strides: of the layers' lattices.
+        block_size: compressed tokens of a block of the pools.
 
     Attributes:
         counts: `[2]` int64, columns seen, and rows' padding among those of steps.
@@ -47,6 +52,8 @@ class StaticPlan:
         compressed: `[batch]` int32.
         token_columns: `[batch, capacity]` int32, column of each compressed token.
         kinds: by stride, references and the others (None where all are references).
+        blocks: `[batch, blocks]` int32, which blocks of the pools a row's tokens stand in.
+        int4_blocks: `[batch, blocks of 32]` int32, the same of four-bit tokens.
         is_ready: whether the tensors say what the ledger says, so that a step may run.
         chosen: `[batch, n]` int32, what a layer of the running step has chosen for those behind it.
     """
@@ -58,6 +65,7 @@ class StaticPlan:
         num_raw: int,
         num_sink_tokens: int,
         strides: set[int],
+        block_size: int,
         device: torch.device,
     ):
         self.batch_size, self.capacity, self.num_raw, self.device = batch_size, capacity, num_raw, device
@@ -68,6 +76,9 @@ class StaticPlan:
         self.compressed = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self._even_columns = torch.arange(capacity, dtype=torch.int32, device=device).add_(num_sink_tokens)
         self.token_columns = self._even_columns.repeat(batch_size, 1)
+        self.block_size = block_size
+        self.blocks = torch.zeros(batch_size, capacity // block_size, dtype=torch.int32, device=device)
+        self.int4_blocks = slots_of(self.blocks, block_size // INT4_GROUP)
         self.kinds = {stride: self._new_kinds(stride) for stride in strides}
         self.is_ready, self.chosen, self._new = False, None, None
         for tensor in (self.counts, self.one, self.place, self.raw_bias):
@@ -84,12 +95,12 @@ class StaticPlan:
 
     def _new_kinds(self, stride: int) -> tuple[StaticKind, StaticKind | None]:
         if stride == 1:
-            return StaticKind(None, self.compressed, self.token_columns), None
+            return StaticKind(None, self.compressed, self.token_columns, slots_of(self.blocks, self.block_size)), None
         span = Lattice(stride).span(0, self.capacity, self.device)
         kinds = []
         for offsets in (span.reference_offsets, span.residual_offsets):
             columns = self.token_columns[:, : len(offsets)].clone()
-            kinds.append(StaticKind(offsets, torch.zeros_like(self.compressed), columns))
+            kinds.append(StaticKind(offsets, torch.zeros_like(self.compressed), columns, torch.zeros_like(columns)))
         return tuple(kinds)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -102,12 +113,18 @@ class StaticPlan:
             self.compressed,
             self.token_columns,
             self._even_columns,
+            self.blocks,
+            self.int4_blocks,
         ]
         kinds = [kind for pair in self.kinds.values() for kind in pair if kind is not None]
         return own + [part for kind in kinds for part in vars(kind).values() if part is not None]
 
-    def write(self, ledger: TokenLedger, num_sinks: int) -> None:
-        """Takes over what the settled `ledger` says of a raw part that begins with room for `num_sinks` sinks."""
+    def write(self, ledger: TokenLedger, table: BlockTable, num_sinks: int) -> None:
+        """Takes over what the settled `ledger` says of a raw part that begins with room for `num_sinks` sinks.
+
+        Args:
+            table: the blocks of each row.
+        """
         behind = num_sinks + ledger.tail_width
         num_pending = ledger.columns - ledger.merged
         bias = torch.full((self.batch_size, self.num_raw), -torch.inf)
@@ -124,6 +141,7 @@ class StaticPlan:
         self.place.fill_(behind + num_pending)
         self.compressed.copy_(upload(torch.tensor(ledger.compressed, dtype=torch.int32), self.device))
         self._write_columns(ledger)
+        self._write_slots(table)
         for stride, (references, others) in self.kinds.items():
             if others is not None:
                 torch.div(self.compressed + stride - 1, stride, rounding_mode="floor", out=references.lengths)
@@ -141,6 +159,17 @@ class StaticPlan:
         for row, count in enumerate(ledger.compressed):
             columns[row, :count] = ledger.row_columns[row][sinks : sinks + count]
         self.token_columns[:, :most].copy_(upload(columns, self.device))
+
+    def _write_slots(self, table: BlockTable) -> None:
+        numbers = table.numbers(self.device)
+        self.blocks[:, : numbers.shape[1]].copy_(numbers)
+        self.int4_blocks.copy_(slots_of(self.blocks, self.block_size // INT4_GROUP))
+        for stride, kinds in self.kinds.items():
+            num_references = self.block_size // stride
+            sizes = num_references, self.block_size - num_references
+            for kind, records in zip(kinds, sizes, strict=True):
+                if kind is not None:
+                    kind.slot_map.copy_(slots_of(self.blocks, records))
 
     def note(self, mask: torch.Tensor | None) -> None:
         """In a step: the token that comes is there, unless `mask` `[batch, 1, 1, 1]` bool says that it is padding."""

@@ -30,7 +30,7 @@ class StaticReader:
     """What it takes to read one layer of fixed size.
 
     Args:
-        plan, store, compressor: of the layer.
+        plan, pool, compressor: of the layer.
         form, tables: how keys are rotated; None if they are stored as received.
         selector: chooses tokens; None: all are read.
         anchor: `[1]`, by its address an op finds this reader.
@@ -42,20 +42,20 @@ class StaticReader:
     def __init__(
         self,
         plan: StaticPlan,
-        store: TokenStore,
+        pool: TokenStore,
         compressor: Coder,
         form: RopeForm | None,
         tables: RopeTables | None,
         selector: Selector | None,
         anchor: torch.Tensor,
     ):
-        self.plan, self.store, self.compressor = plan, store, compressor
+        self.plan, self.pool, self.compressor = plan, pool, compressor
         self.form, self.tables = form, tables
         self.budget = 0 if selector is None else min(selector.budget(plan.capacity), plan.capacity)
         self.index_bytes = 0 if selector is None else selector.options.index_bytes
         # as readers of growing layers know it, with all its room
         none = torch.empty(plan.batch_size, 1, 0, 1, device=plan.device)
-        self._state, self._layout = LayerState(*[none] * 6, store), _FullLayout(plan)
+        self._state, self._layout = LayerState(*[none] * 6, pool), _FullLayout(plan)
         self.anchor = anchor
         keep_address(anchor)
         _READERS[anchor.data_ptr()] = self
@@ -95,18 +95,26 @@ class StaticReader:
             slots = dispatch.choose(scores, raw.log_total, num_chosen, codes.backend)
         if slots is None and codes.backend is not None:
             # as a growing layer does where no kernel fuses it
-            return self._state_reader()._attend_store(rows.float() * scale, self._bias()).merge(raw), None
+            return self._state_reader(self._taken())._attend_store(rows.float() * scale, self._bias()).merge(raw), None
         return codes.attend(rows, None, raw, slots), slots
 
     def _codes(self, query: torch.Tensor, scale: float) -> StaticCodeReader:
-        plan, fuses = self.plan, self._state_reader()._fuses(query)
+        plan, fuses = self.plan, self._state_reader()._has_kernels(query)
         held = (self._state, self._layout, self.compressor, self.form, self.tables, plan.num_sink_tokens)
         return StaticCodeReader(*held, plan.device, scale, None if fuses else "reference", plan)
 
-    def _state_reader(self) -> StateReader:
+    def _taken(self) -> LayerState:
+        """All tokens that there is room for as a growing layer holds them."""
+        references, others = self.plan.kinds[self.compressor.lattice.stride]
+        numbers = self.compressor.records(self.plan.capacity)
+        slots = references.slot_map, (others or references).slot_map
+        store = self.pool.take(*(part[:, :number] for part, number in zip(slots, numbers, strict=True)))
+        return replace(self._state, store=store)
+
+    def _state_reader(self, state: LayerState | None = None) -> StateReader:
         tables = None if self.tables is None else self.tables.whole()
         held = (self.compressor, self.form, tables, self.plan.num_sink_tokens, self.plan.device)
-        return StateReader(self._state, self._layout, *held)
+        return StateReader(self._state if state is None else state, self._layout, *held)
 
     def _bias(self) -> torch.Tensor:
         """Added to the scores of compressed tokens, `[batch, 1, 1, capacity]` float32: -inf behind a row's last."""
@@ -134,17 +142,18 @@ class StaticReader:
     def _attend_int4(
         self, rows: torch.Tensor, raw: dispatch.Attended, scale: float, num_chosen: int
     ) -> tuple[dispatch.Attended, torch.Tensor | None]:
-        encoded, scores = self.store.blocks(slice(None)), None
+        plan, scores = self.plan, None
+        encoded = [part.expand(plan.batch_size, *part.shape[1:]) for part in self.pool.blocks()]
         if num_chosen:
-            scores = rows.new_empty(*rows.shape[:3], encoded[0].shape[2], dtype=torch.float32)
-        lengths = self.plan.compressed
-        seen = dispatch.int4_decode(rows, *encoded, None, None, lengths, scores, raw, scale, torch.float32)
+            scores = rows.new_empty(*rows.shape[:3], plan.capacity, dtype=torch.float32)
+        where = None, plan.int4_blocks, plan.compressed
+        seen = dispatch.int4_decode(rows, *encoded, *where, scores, raw, scale, torch.float32)
         return seen, dispatch.choose(scores, raw.log_total, num_chosen) if num_chosen else None
 
     def _attend_decoded(self, rows: torch.Tensor, raw: dispatch.Attended, scale: float) -> dispatch.Attended:
         """Of a compressor without components: tile after tile is decoded and attended to."""
-        reader, seen, bias = self._state_reader(), raw, self._bias()
-        references = self.compressor.references(self.store)
+        reader, seen, bias = self._state_reader(self._taken()), raw, self._bias()
+        references = self.compressor.references(reader.state.store)
         for start, stop, angles, scratch in reader._tiles():
             shape = *rows.shape[:2], stop - start
             keys, values = (rows.new_empty(*shape, size) for size in (rows.shape[-1], raw.output.shape[-1]))
@@ -175,10 +184,15 @@ class StaticCodeReader(CodeReader):
     plan: StaticPlan
 
     def _kinds(self, reference: TokenVectors, residual: TokenVectors | None) -> Iterator[Kind]:
-        """See `CodeReader`; lengths say how far each kind goes."""
-        places = self.plan.kinds[self.compressor.lattice.stride]
-        for kind, place in zip(super()._kinds(reference, residual), places, strict=False):
-            yield replace(kind, lengths=place.lengths)
+        """See `CodeReader`; they stand in slots of a pool, as far as lengths say."""
+        pool, (own, others) = self.state.store, self.plan.kinds[self.compressor.lattice.stride]
+        codes = pool.reference_codes.expand(self.plan.batch_size, -1, -1)
+        yield Kind(True, codes, reference, None, own.offsets, own.lengths, own.slot_map)
+        if others is not None:
+            idx = pool.reference_idx[..., 0].expand(self.plan.batch_size, -1)
+            references = dispatch.References(codes, idx, *residual.added, own.slot_map)
+            codes = pool.residual_codes.expand(self.plan.batch_size, -1, -1)
+            yield Kind(False, codes, residual, references, others.offsets, others.lengths, others.slot_map)
 
     def _offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See `CodeReader`."""

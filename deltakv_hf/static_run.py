@@ -52,8 +52,15 @@ class StaticRun:
                 f"{self.ledger.columns}, got {self.max_cache_len}: call `cache.resize({columns})` or more."
             )
 
-    def resize(self, sizes: tuple[int, int, int]) -> None:
+    def resize(self, sizes: tuple[int, int, int], max_pool_tokens: int | None) -> None:
         """Moves what is held into room for other `sizes`, as of a layer; the next step is recorded anew."""
+        pool = self.ledger.pool
+        before, pool.max_pool_tokens = pool.max_pool_tokens, max_pool_tokens
+        try:
+            pool.check(self.ledger.compressed)
+        except CacheStateError as error:
+            pool.max_pool_tokens = before
+            raise InvalidOptionError(str(error)) from None
         with self.ledger.changing("resize"):
             for layer in self.layers:
                 layer.resize(sizes)
@@ -117,7 +124,7 @@ class StaticRun:
             if layer.reader is None or layer.plan is not self.plan:
                 layer.equip(self.plan)
         self._assign_choices()
-        self.plan.write(self.ledger, first.num_sinks)
+        self.plan.write(self.ledger, first.table, first.num_sinks)
         self.plan.is_ready = True
 
     def _make_plan(self) -> None:
@@ -128,7 +135,8 @@ class StaticRun:
             )
         first, num_sinks = self.layers[0], self.ledger.config.num_sink_tokens
         strides = {layer.compressor.lattice.stride for layer in self.layers}
-        self.plan = StaticPlan(self.ledger.batch_size, first.capacity, first.num_raw, num_sinks, strides, devices.pop())
+        sizes = self.ledger.batch_size, first.capacity, first.num_raw, num_sinks
+        self.plan = StaticPlan(*sizes, strides, self.ledger.pool.block_size, devices.pop())
 
     def _assign_choices(self) -> None:
         """Which layers choose tokens, and which read what another has chosen."""
@@ -161,11 +169,30 @@ def check_max_cache_len(max_cache_len: object, config: DeltaKVConfig, offloading
             raise InvalidOptionError(f"`{name}` must be {type(value)(0)} with `max_cache_len`, got {value!r}.")
 
 
-def static_sizes(config: DeltaKVConfig, max_cache_len: int, strides: set[int]) -> tuple[int, int, int]:
-    """Columns, compressed and raw tokens of a row that a cache of `max_cache_len` columns has room for."""
+def check_max_pool_tokens(max_pool_tokens: object, max_cache_len: int | None) -> None:
+    """Raises unless a cache of so many columns, or of none, can have a pool of so many tokens."""
+    if max_pool_tokens is None:
+        return
+    check_integer("max_pool_tokens", max_pool_tokens, low=1)
+    if max_cache_len is None:
+        raise InvalidOptionError(
+            f"`max_pool_tokens` must be None without `max_cache_len`, got {max_pool_tokens}: a cache that grows takes "
+            "memory as tokens come."
+        )
+
+
+def pool_block_size(strides: set[int]) -> int:
+    """Tokens of a block of a pool: whole strides of every lattice; four-bit tokens stand in blocks of 32."""
+    return math.lcm(32, *strides)
+
+
+def static_sizes(config: DeltaKVConfig, max_cache_len: int, whole: int) -> tuple[int, int, int]:
+    """Columns, compressed and raw tokens of a row that a cache of `max_cache_len` columns has room for.
+
+    Args:
+        whole: compressed tokens of a block.
+    """
     block, behind = config.block_size, max_cache_len - config.num_sink_tokens - config.recent_window
-    # four-bit tokens stand in blocks of 32
-    whole = math.lcm(32, *strides)
     capacity = max(whole, -(-behind // whole) * whole)
     # sinks may stand in the tail; a short call may come on top of tokens that wait for a flush
     return max_cache_len, capacity, 2 * config.num_sink_tokens + config.recent_window + 4 * block

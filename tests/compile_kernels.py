@@ -3,6 +3,7 @@
 A process of its own: with the interpreter, which tests of what kernels compute use, nothing is compiled.
 """
 
+import itertools
 import json
 
 import torch
@@ -67,8 +68,8 @@ INDICES = (
     )
     | {"reference_codes": "*u8", "reference_idx": "*i16"}
 )
-DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride", "width room")
-DECODE |= integers("reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2")
+DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride map_stride", "width room")
+DECODE |= integers("reference_row_stride reference_stride idx_row_stride reference_map_stride end_16 end_8 end_4 end_2")
 SCORE = (
     HALVES
     | INDICES
@@ -111,8 +112,8 @@ def kernels(capability: int):
     for is_long in (False, True):
         constants = {"IS_LONG": is_long} | vector_quantize.tile(capability, is_long)
         yield vector_quantize.assign_kernel, ASSIGN, constants, {}
-    for has_references in (True, False):
-        constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
+    for has_references, has_map in itertools.product((True, False), repeat=2):
+        constants = {"HAS_SLOTS": True, "HAS_MAP": has_map, "HAS_REFERENCES": has_references}
         yield attend_kernels.decode_kernel, DECODE, constants | decoding.DECODE_TILE, {}
     for half in (32, 64, 128):
         for dtype, types in ((torch.float16, SCORE), (torch.float32, {n: t for n, t in SCORE.items() if t != "*fp16"})):

@@ -231,12 +231,23 @@ def readings(draw):
         return torch.randint(0, high, shape, generator=generator).int()
 
     book, options = random_book(draw, generator, components), {}
+    pool = draw(st.integers(1, 400)) if draw(st.booleans()) else None
+
+    def held(num_records: int, book: Codebook) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes of every row, and where in them its records stand, if that is a pool."""
+        if pool is None:
+            return random_codes(generator, batch, num_records, book), None
+        codes = random_codes(generator, 1, pool, book).expand(batch, -1, -1)
+        return codes, integers(pool, batch, num_records + 5)[:, :num_records]
+
+    codes, options["slot_map"] = held(num_slots, book)
     if draw(st.booleans()):
         num_references, added = draw(st.integers(1, 40)), random_book(draw, generator, components)
         coded = token_vectors(book, added, torch.rand(components, generator=generator))
-        idx = integers(num_references, batch, num_slots).to(torch.int16)
-        codes = random_codes(generator, batch, num_references, added)
-        options["references"] = dispatch.References(codes, idx, *coded.added)
+        idx = integers(num_references, *codes.shape[:2]).to(torch.int16)
+        idx = idx if pool is None else idx[:1].expand(batch, -1)
+        own, slot_map = held(num_references, added)
+        options["references"] = dispatch.References(own, idx, *coded.added, slot_map)
     else:
         coded = token_vectors(book)
     vectors = coded.vectors._replace(table=coded.vectors.table.float())
@@ -246,7 +257,7 @@ def readings(draw):
     value_dim = draw(st.sampled_from([1, 24, 80]))
     scaling = random(heads, 1, value_dim), random(heads, 1, value_dim)
     value_map = dispatch.ValueMap(random(heads, places, value_dim) / (places + 1) ** 0.5, *scaling)
-    arguments = random(batch, heads, queries, head_dim), random_codes(generator, batch, num_slots, book), vectors
+    arguments = random(batch, heads, queries, head_dim), codes, vectors
     pairs = draw(st.sampled_from([0, 1, head_dim // 2]))
     if draw(st.booleans()):
         n = draw(st.integers(1, 200))

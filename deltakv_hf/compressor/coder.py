@@ -48,15 +48,12 @@ class Coder(ABC):
         """Stored bytes of a compressed token."""
 
     @abstractmethod
-    def append(
-        self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
-    ) -> TokenStore:
+    def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
         """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
 
         Args:
             rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
             read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
-            room: a larger store of which `store` is the beginning, to be written to in place; None: a new one is made.
         """
 
     @abstractmethod
@@ -82,7 +79,54 @@ class Coder(ABC):
         """
 
 
-class ResidualCoder(Coder):
+class RecordCoder(Coder):
+    """Codes tokens as records that stand one by one, so that a row's may stand anywhere.
+
+    Attributes:
+        unit: tokens of a record.
+    """
+
+    unit: int = 1
+
+    @abstractmethod
+    def records(self, count: int) -> tuple[int, int]:
+        """How many records, with references and with residuals, hold the first `count` tokens of a row."""
+
+    @abstractmethod
+    def context(self, start: int) -> tuple[int, int]:
+        """How many of a row's first records `code` looks at to code tokens from `start` on."""
+
+    @abstractmethod
+    def code(self, held: TokenStore, start: int, stop: int, read) -> TokenStore:
+        """Codes compressed tokens `start .. stop - 1` of some rows.
+
+        Args:
+            held: what these rows hold, at least its first `context(start)` records.
+            read: as of `append`.
+
+        Returns:
+            Records from that on in which token `start` stands.
+        """
+
+    def begin(self, start: int) -> tuple[int, int]:
+        """Which records of a row, with references and with residuals, `code` gives first."""
+        return self.records(start // self.unit * self.unit)
+
+    def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
+        """See `Coder.append`."""
+        held = store
+        if rows is not None:
+            # a list as an index would make the host wait for the device
+            picked = upload(torch.tensor(rows), getattr(store, store.names()[0]).device)
+            held = store.cut(*self.context(start)).map(lambda part: part.index_select(0, picked))
+        return store.write(self.code(held, start, stop, read), rows, *self.begin(start))
+
+    def cut(self, store: TokenStore, count: int) -> TokenStore:
+        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
+        return store.cut(*self.records(count))
+
+
+class ResidualCoder(RecordCoder):
     """Codes tokens on the lattice by themselves, any other as what it differs from the mean of its nearest references,
     as those read back.
 
@@ -115,18 +159,21 @@ class ResidualCoder(Coder):
         own = sum(sizes[name] for name in store.reference_names())
         return (own + (stride - 1) * (sum(sizes.values()) - own)) / stride
 
-    def append(
-        self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
-    ) -> TokenStore:
-        """See `Coder.append`."""
-        lattice, names, references = self.lattice, store.reference_names(), None
-        num_references = lattice.count(start)
+    def records(self, count: int) -> tuple[int, int]:
+        """See `RecordCoder.records`."""
+        num_references = self.lattice.count(count)
+        return num_references, count - num_references
+
+    def context(self, start: int) -> tuple[int, int]:
+        """See `RecordCoder.context`: references, if there are others to be coded against them."""
+        return 0 if self.lattice.is_everywhere else self.lattice.count(start), 0
+
+    def code(self, held: TokenStore, start: int, stop: int, read) -> TokenStore:
+        """See `RecordCoder.code`."""
+        lattice, names, references, parts = self.lattice, held.reference_names(), None, []
         if not lattice.is_everywhere:
-            held = [getattr(store, name) for name in names]
-            # a list as an index would make the host wait for the device
-            picked = slice(None) if rows is None else upload(torch.tensor(rows), held[0].device)
-            references = self.read_references(*(part[picked, :num_references] for part in held))
-        parts = []
+            num_references = lattice.count(start)
+            references = self.read_references(*(getattr(held, name)[:, :num_references] for name in names))
         for first in range(start, stop, self.encode_tile):
             last = min(first + self.encode_tile, stop)
             tokens = self.prepared(read(first, last))
@@ -142,16 +189,11 @@ class ResidualCoder(Coder):
             visible = span.num_visible.expand(tokens.shape[0], -1)
             idx = dispatch.nearest_references(tokens, references, visible, self.top_k).to(torch.int16)
             residual = self.code_residuals(tokens, dispatch.predict(references, idx))
-            parts.append(type(store)(*coded, *residual, idx))
-        return store.write(type(store).join(parts), rows, num_references, start - num_references, room)
-
-    def cut(self, store: TokenStore, count: int) -> TokenStore:
-        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
-        num_references = self.lattice.count(count)
-        return store.cut(num_references, count - num_references)
+            parts.append(type(held)(*coded, *residual, idx))
+        return type(held).join(parts)
 
 
-class TokenCoder(Coder):
+class TokenCoder(RecordCoder):
     """Codes every token by itself: a subclass has a `width` and says in `code_tokens` and `read_tokens` how.
 
     What a token becomes must depend on that token alone, however many are coded at once: sums go in float64, since
@@ -189,17 +231,18 @@ class TokenCoder(Coder):
         """Stored bytes of a token."""
         return sum(part.nbytes for part in vars(self._record).values())
 
-    def append(
-        self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
-    ) -> TokenStore:
-        """See `Coder.append`."""
-        tiles = range(start, stop, self.encode_tile)
-        parts = [self.code_tokens(read(first, min(first + self.encode_tile, stop))) for first in tiles]
-        return store.write(type(store).join(parts), rows, start, start, room)
+    def records(self, count: int) -> tuple[int, int]:
+        """See `RecordCoder.records`."""
+        return count, count
 
-    def cut(self, store: TokenStore, count: int) -> TokenStore:
-        """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
-        return store.cut(count, count)
+    def context(self, start: int) -> tuple[int, int]:
+        """See `RecordCoder.context`: nothing."""
+        return 0, 0
+
+    def code(self, held: TokenStore, start: int, stop: int, read) -> TokenStore:
+        """See `RecordCoder.code`."""
+        tiles = range(start, stop, self.encode_tile)
+        return type(held).join([self.code_tokens(read(first, min(first + self.encode_tile, stop))) for first in tiles])
 
     def references(self, store: TokenStore) -> None:
         """Nothing: no token needs another one."""

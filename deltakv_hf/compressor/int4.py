@@ -7,14 +7,14 @@ whole in every step is read fast.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from .. import dispatch
 from ..errors import UnsupportedModelError
-from ..hf_compat import upload
 from ..references import Lattice
-from .coder import Coder, Pieces
+from .coder import Pieces, RecordCoder
 from .store import TokenStore
 
 GROUP = dispatch.INT4_GROUP
@@ -31,35 +31,20 @@ class Int4Store(TokenStore):
         value_levels: `[batch, heads, blocks, 32, value_dim / 32, 2]` float16.
     """
 
+    axis: ClassVar[int] = 2
+
     key_codes: torch.Tensor
     key_levels: torch.Tensor
     value_codes: torch.Tensor
     value_levels: torch.Tensor
 
-    @classmethod
-    def join(cls, parts: list[Int4Store]) -> Int4Store:
-        """Stores of following blocks as one."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=2) for name in cls.names()))
-
-    def blocks(self, span: slice, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Of `rows` (None: all) what `int4_decode` takes: codes and levels, the tokens of blocks joined."""
-        keys, key_levels, values, value_levels = (
-            (part if rows is None else part[rows])[:, :, span] for part in vars(self).values()
-        )
+    def blocks(self, span: slice = slice(None)) -> list[torch.Tensor]:
+        """What `int4_decode` takes: codes and levels, the tokens of blocks joined."""
+        keys, key_levels, values, value_levels = (part[:, :, span] for part in vars(self).values())
         return [keys.flatten(2, 3), key_levels, values, value_levels.flatten(2, 3)]
 
-    def write_blocks(
-        self, new: Int4Store, rows: torch.Tensor | None, start: int, room: Int4Store | None = None
-    ) -> Int4Store:
-        """Places `new` behind the first `start` blocks of `rows` (None: of all rows); `room` as for `write`."""
-        written = []
-        for name in self.names():
-            place = None if room is None else getattr(room, name)
-            written.append(_write(getattr(self, name), getattr(new, name), rows, start, place))
-        return type(self)(*written)
 
-
-class Int4Compressor(Coder):
+class Int4Compressor(RecordCoder):
     """Codes every token by itself, 32 at a time.
 
     Tokens are stored in whole blocks. If a crop leaves a part of one, its tokens are read and coded again with those
@@ -79,7 +64,7 @@ class Int4Compressor(Coder):
                 'for values. Use `selection="coarse_to_fine"`.'
             )
         self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
-        self.width, self.lattice = heads * (key_dim + value_dim), Lattice(1)
+        self.width, self.lattice, self.unit = heads * (key_dim + value_dim), Lattice(1), GROUP
 
     def tensors(self) -> list[torch.Tensor]:
         """Nothing."""
@@ -100,27 +85,27 @@ class Int4Compressor(Coder):
         block = self.empty(1, torch.device("meta"), GROUP)
         return sum(part.numel() * part.itemsize for part in vars(block).values()) / GROUP
 
-    def append(
-        self, store: Int4Store, rows: list[int] | None, start: int, stop: int, read, room: Int4Store | None = None
-    ) -> Int4Store:
-        """See `Coder.append`; `stop` is a multiple of 32."""
-        picked = None if rows is None else upload(torch.tensor(rows), store.key_codes.device)
+    def records(self, count: int) -> tuple[int, int]:
+        """See `RecordCoder.records`: blocks."""
+        return 0, -(-count // GROUP)
+
+    def context(self, start: int) -> tuple[int, int]:
+        """See `RecordCoder.context`: a block that a crop has left in part."""
+        return self.records(start if start % GROUP else 0)
+
+    def code(self, held: Int4Store, start: int, stop: int, read) -> Int4Store:
+        """See `RecordCoder.code`; `stop` is a multiple of 32."""
         first, parts, tile = start // GROUP, [], max(1, self.encode_tile // GROUP) * GROUP
         for begin in range(first * GROUP, stop, tile):
             keys, values = self._split(read(max(begin, start), min(begin + tile, stop)))
             if begin < start:
-                held = dispatch.int4_dense(*store.blocks(slice(first, first + 1), picked))
+                left = dispatch.int4_dense(*held.blocks(slice(first, first + 1)))
                 keys, values = (
                     torch.cat([old[:, :, : start - begin], new], dim=2)
-                    for old, new in zip(held, (keys, values), strict=True)
+                    for old, new in zip(left, (keys, values), strict=True)
                 )
             parts.append(self._encode(keys, values))
-        return store.write_blocks(Int4Store.join(parts), picked, first, room)
-
-    def cut(self, store: Int4Store, count: int) -> Int4Store:
-        """A store of the blocks that hold the first `count` tokens of every row."""
-        blocks = -(-count // GROUP)
-        return store.map(lambda part: part[:, :, :blocks].clone())
+        return Int4Store.join(parts)
 
     def references(self, store: Int4Store) -> None:
         """Nothing."""
@@ -143,22 +128,3 @@ class Int4Compressor(Coder):
         key_codes, key_levels, value_codes, value_levels = dispatch.int4_encode(keys, values)
         key_codes, value_levels = (part.unflatten(2, (-1, GROUP)) for part in (key_codes, value_levels))
         return Int4Store(key_codes, key_levels, value_codes, value_levels)
-
-
-def _write(
-    held: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: int, room: torch.Tensor | None
-) -> torch.Tensor:
-    stop = start + new.shape[2]
-    if rows is None and room is None:
-        return torch.cat([held[:, :, :start], new], dim=2)
-    if rows is None:
-        room[:, :, start:stop] = new
-        return room[:, :, :stop]
-    size = max(stop, held.shape[2])
-    if room is None:
-        grown = held.new_zeros(*held.shape[:2], size, *held.shape[3:])
-        grown[:, :, : held.shape[2]] = held
-    else:
-        grown = room[:, :, :size]
-    grown[rows, :, start:stop] = new
-    return grown

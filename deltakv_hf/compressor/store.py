@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
@@ -15,8 +16,14 @@ class TokenStore:
     """Packed tokens of one layer; rows are left-aligned, a shorter row's tail end is unused.
 
     Every field of a subclass is a tensor `[batch, records, ...]`: first those of references, whose names begin with
-    "reference_", then those of residuals, the last of them `reference_idx`, the references' numbers.
+    "reference_", then those of residuals, the last of them `reference_idx`, the references' numbers. A store with one
+    row, whose records rows of a cache share, is a pool; a record's place in it is a slot.
+
+    Attributes:
+        axis: of the records in every field.
     """
+
+    axis: ClassVar[int] = 1
 
     @classmethod
     def names(cls) -> list[str]:
@@ -37,35 +44,42 @@ class TokenStore:
     @classmethod
     def join(cls, parts: list[TokenStore]) -> TokenStore:
         """Stores of following tokens as one."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in cls.names()))
+        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=cls.axis) for name in cls.names()))
 
     def map(self, change) -> TokenStore:
         """A store whose every tensor is `change(tensor)`."""
         return type(self)(*(change(getattr(self, name)) for name in self.names()))
 
-    def write(
-        self,
-        new: TokenStore,
-        rows: list[int] | None,
-        num_references: int,
-        num_residuals: int,
-        room: TokenStore | None = None,
-    ) -> TokenStore:
-        """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows).
-
-        Args:
-            room: a larger store of which this one is the beginning, to be written to in place; None: a new one is made.
-        """
-        starts, written = self.counts(num_references, num_residuals), {}
-        for name, at in starts.items():
-            place = None if room is None else getattr(room, name)
-            written[name] = _write(getattr(self, name), getattr(new, name), rows, at, place)
-        return replace(self, **written)
+    def write(self, new: TokenStore, rows: list[int] | None, num_references: int, num_residuals: int) -> TokenStore:
+        """Places `new` behind the first `num_references` and `num_residuals` records of `rows` (None: of all rows)."""
+        starts = self.counts(num_references, num_residuals)
+        return type(self)(
+            *(_write(getattr(self, name), getattr(new, name), rows, at, self.axis) for name, at in starts.items())
+        )
 
     def cut(self, num_references: int, num_residuals: int) -> TokenStore:
         """The first records of every row, in memory of their own."""
         counts = self.counts(num_references, num_residuals)
-        return type(self)(**{name: getattr(self, name)[:, :count].clone() for name, count in counts.items()})
+        return type(self)(*(getattr(self, name).narrow(self.axis, 0, n).clone() for name, n in counts.items()))
+
+    def take(self, references: torch.Tensor, residuals: torch.Tensor) -> TokenStore:
+        """Out of this pool a store of the records in slots `[rows, n]` of references and of residuals."""
+        axis, taken = self.axis - 1, []
+        for name, slots in self._slots(references, residuals):
+            records = getattr(self, name)[0].index_select(axis, slots.flatten()).unflatten(axis, slots.shape)
+            taken.append(records.movedim(axis, 0).contiguous())
+        return type(self)(*taken)
+
+    def put(self, new: TokenStore, references: torch.Tensor, residuals: torch.Tensor) -> None:
+        """Writes the records of `new` into slots `[rows, n]` of this pool."""
+        axis = self.axis - 1
+        for name, slots in self._slots(references, residuals):
+            records = getattr(new, name).movedim(0, axis).flatten(axis, axis + 1)
+            getattr(self, name)[0].index_copy_(axis, slots.flatten().long(), records)
+
+    def _slots(self, references: torch.Tensor, residuals: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        own = self.reference_names()
+        return ((name, references if name in own else residuals) for name in self.names())
 
     def read_in_pieces(
         self,
@@ -103,21 +117,15 @@ class TokenStore:
         yield tokens, lambda x: x
 
 
-def _write(
-    held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int, room: torch.Tensor | None
-) -> torch.Tensor:
-    stop = start + new.shape[1]
-    if rows is None and room is None:
-        return torch.cat([held[:, :start], new], dim=1)
+def _write(held: torch.Tensor, new: torch.Tensor, rows: list[int] | None, start: int, axis: int) -> torch.Tensor:
+    stop = start + new.shape[axis]
     if rows is None:
-        room[:, start:stop] = new
-        return room[:, :stop]
-    size = max(stop, held.shape[1])
-    if room is None:
-        grown = held.new_zeros(held.shape[0], size, *held.shape[2:])
-        grown[:, : held.shape[1]] = held
-    else:
-        grown = room[:, :size]
+        return torch.cat([held.narrow(axis, 0, start), new], dim=axis)
+    shape = list(held.shape)
+    shape[axis] = max(stop, shape[axis])
+    grown = held.new_zeros(shape)
+    grown.narrow(axis, 0, held.shape[axis]).copy_(held)
+    places = grown.narrow(axis, start, new.shape[axis])
     for place, row in enumerate(rows):
-        grown[row, start:stop] = new[place]
+        places[row] = new[place]
     return grown

@@ -69,7 +69,7 @@ def restore_ledger(cache, saved: Saved) -> None:
     """The counts, after a check that they fit together."""
     ledger, counts, row_columns = cache._ledger, saved.content["ledger"], None
     expected = ledger.counts()
-    if counts.keys() != expected.keys() or counts["num_layers"] != expected["num_layers"]:
+    if counts.keys() - {"released"} != expected.keys() or counts["num_layers"] != expected["num_layers"]:
         raise _wrong("ledger", "the counts of this version and model", counts)
     seen, columns, merged = counts["seen"], counts["columns"], counts["merged"]
     if any(len(value) != counts["batch_size"] for value in counts.values() if isinstance(value, list)):

@@ -37,6 +37,7 @@ class References(NamedTuple):
         codes: `[batch, num_references, bytes]` uint8.
         reference_idx: `[batch, num_slots]` int16 holding unsigned 16-bit numbers of the row's references.
         byte_idx, first_entry, vector_size: `[components]` int32, as in `Vectors`.
+        slot_map: `[batch, references of a row]` int32, where in `codes` they stand; None: in order.
     """
 
     codes: torch.Tensor
@@ -44,6 +45,7 @@ class References(NamedTuple):
     byte_idx: torch.Tensor
     first_entry: torch.Tensor
     vector_size: torch.Tensor
+    slot_map: torch.Tensor | None = None
 
 
 class KeyMap(NamedTuple):
@@ -98,6 +100,7 @@ def reconstruct_and_attend(
     rotation: Rotation | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     before: Attended | None = None,
     scale: float = 1.0,
@@ -109,11 +112,13 @@ def reconstruct_and_attend(
 
     Args:
         query: `[batch, heads, queries, head_dim]`, any floating dtype, to be multiplied by `scale`.
-        codes: `[batch, num_slots, bytes]` uint8.
+        codes: `[batch, num_slots, bytes]` uint8; rows may be one and the same memory, a pool.
         references: what each token's components are added to; None: nothing.
         rotation: None: keys are not rotated.
         mask: added to the scores, `[batch or 1, heads or 1, queries or 1, n]` float32, or None.
         slots: `[batch, n]` int32, the tokens to read; None: all, in their order.
+        slot_map: `[batch, tokens of a row]` int32, where in `codes` (and with `references` in `reference_idx`) each
+            token stands; None: in order.
         lengths: `[batch]` int32, how many of the n tokens of each row there are; None: all.
         before: what the same queries saw in other tokens, to be merged with.
         dtype: of the output.
@@ -121,7 +126,8 @@ def reconstruct_and_attend(
     Returns:
         of values, `[batch, heads, queries, value_dim]`.
     """
-    scores, components = score_codes(query, codes, vectors, key_map, references, rotation, slots, lengths, scale)
+    where = slots, slot_map, lengths
+    scores, components = score_codes(query, codes, vectors, key_map, references, rotation, *where, scale)
     seen = weigh(scores, components, mask)
     output = seen.output @ value_map.matrix.float() * value_map.scale + value_map.mean
     # a query that sees nothing has no mean either
@@ -131,7 +137,7 @@ def reconstruct_and_attend(
 
 
 def score_codes(
-    query, codes, vectors, key_map, references, rotation, slots, lengths, scale
+    query, codes, vectors, key_map, references, rotation, slots, slot_map, lengths, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores `[batch, heads, queries, n]`, -inf behind a row's length, and components `[batch, n, components]`."""
     batch, device, query, angles = len(query), codes.device, query.float() * scale, None
@@ -142,10 +148,13 @@ def score_codes(
         angles = tuple(part.float().expand(batch, -1, -1) for part in rotation[:2])
         angles = angles if places is None else tuple(part[rows, places] for part in angles)
     picked = slice(None) if slots is None else (rows, slots)
+    if slot_map is not None:
+        picked = rows, slot_map[picked]
     components = _read(codes[picked], vectors.table, *vectors[1:4])
     if references is not None:
         idx = references.reference_idx[picked].int() & 0xFFFF
-        components += _read(references.codes[rows, idx], vectors.table, *references[2:])
+        idx = idx if references.slot_map is None else references.slot_map[rows, idx]
+        components += _read(references.codes[rows, idx], vectors.table, *references[2:5])
     scores = score(query, components, key_map.mean, key_map.matrix.float() * key_map.scale, angles)
     if lengths is not None:
         is_behind = torch.arange(components.shape[1], device=device) >= lengths[:, None]

@@ -15,15 +15,17 @@ def score_leading(
     references: References | None = None,
     rotation: Rotation | None = None,
     slots: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
     """Products of queries with keys made of the components that `vectors` names: the leading ones.
 
     Args:
-        query, codes, vectors, key_map, references, rotation, slots, lengths, scale: as for `reconstruct_and_attend`.
+        query, codes, vectors, key_map, references, rotation, slots, slot_map, lengths, scale: as for
+            `reconstruct_and_attend`.
 
     Returns:
         `[batch, heads, queries, n]` float32, -inf behind a row's length.
     """
-    return score_codes(query, codes, vectors, key_map, references, rotation, slots, lengths, scale)[0]
+    return score_codes(query, codes, vectors, key_map, references, rotation, slots, slot_map, lengths, scale)[0]

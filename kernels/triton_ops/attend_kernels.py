@@ -10,8 +10,8 @@ LOWEST = tl.constexpr(-3.0e38)
 # what the width of loads does not depend on is no reason to compile anew
 ANY = (
     "first num_tokens num_components part_size num_rows num_queries num_heads chunk count row_blocks "
-    "row_stride slot_stride reference_row_stride reference_stride idx_row_stride end_16 end_8 end_4 end_2 "
-    "angle_stride mask_row mask_head mask_query mask_token"
+    "row_stride slot_stride map_stride reference_row_stride reference_stride idx_row_stride reference_map_stride "
+    "end_16 end_8 end_4 end_2 angle_stride mask_row mask_head mask_query mask_token"
 ).split()
 
 
@@ -48,12 +48,14 @@ def pick_vectors(
 def decode_kernel(
     codes,  # [batch, num_slots, bytes] uint8
     slots,  # [batch, num_tokens] int32
+    slot_map,  # [batch, tokens of a row] int32
     table,  # [entries]
     byte_idx,  # [components] int32
     first_entry,  # [components] int32
     vector_size,  # [components] int32
     reference_codes,  # [batch, num_references, bytes] uint8
     reference_idx,  # [batch, num_slots] int16
+    reference_map,  # [batch, references of a row] int32
     reference_byte_idx,  # [components] int32
     reference_first_entry,  # [components] int32
     reference_vector_size,  # [components] int32
@@ -65,14 +67,17 @@ def decode_kernel(
     room,
     row_stride,
     slot_stride,
+    map_stride,
     reference_row_stride,
     reference_stride,
     idx_row_stride,
+    reference_map_stride,
     end_16,  # behind the last component that is in a vector of 16
     end_8,
     end_4,
     end_2,
     HAS_SLOTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     HAS_REFERENCES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COMPONENTS: tl.constexpr,
@@ -84,6 +89,9 @@ def decode_kernel(
     slot = token
     if HAS_SLOTS:
         slot = tl.load(slots + row * num_tokens + token, mask=is_token, other=0)
+    if HAS_MAP:
+        # a pool of many rows may be larger than 32 bits count
+        slot = tl.load(slot_map + row * map_stride + slot, mask=is_token, other=0).to(tl.int64)
     codes += row * row_stride
     offsets = slot * slot_stride
     # programs that run at the same time share a part of the table, which L1 holds; one program has vectors of one size
@@ -177,6 +185,9 @@ def decode_kernel(
     component, stop = start // 8 * 8 + tl.arange(0, BLOCK_COMPONENTS), stop // 8 * 8
     if HAS_REFERENCES:
         reference = tl.load(reference_idx + row * idx_row_stride + slot, mask=is_token, other=0).to(tl.int32) & 0xFFFF
+        if HAS_MAP:
+            place_of = reference_map + row * reference_map_stride + reference
+            reference = tl.load(place_of, mask=is_token, other=0).to(tl.int64)
         is_component = (component < stop) & (component < num_components)
         size = tl.load(reference_vector_size + component, mask=is_component, other=0)
         byte = tl.load(reference_byte_idx + component, mask=is_component, other=0)

@@ -29,11 +29,16 @@ class Decoder:
     """
 
     def __init__(
-        self, codes: torch.Tensor, vectors: Vectors, references: References | None, slots: torch.Tensor | None
+        self,
+        codes: torch.Tensor,
+        vectors: Vectors,
+        references: References | None,
+        slots: torch.Tensor | None,
+        slot_map: torch.Tensor | None,
     ):
         table, *indices = vectors[:4]
         self.dtype, self.device, self.batch = table.dtype, table.device, len(codes)
-        self.num_tokens = codes.shape[1] if slots is None else slots.shape[1]
+        self.num_tokens = next(part for part in (slots, slot_map, codes) if part is not None).shape[1]
         self.num_components = len(indices[0])
         self.width = max(1, triton.cdiv(self.num_components, WHOLE)) * WHOLE
         # vectors of one size in blocks of their own; the last are by themselves, and fill the width up with zeros
@@ -42,12 +47,18 @@ class Decoder:
             triton.cdiv(stop - start, DECODE_TILE["BLOCK_COMPONENTS"])
             for start, stop in zip([0, *ends], [*ends, self.width], strict=True)
         )
-        parts, strides = [None] * 5, [0] * 3
+        maps, parts, strides = [slot_map, None], [None] * 5, [0] * 3
         if references is not None:
-            parts, strides = references, (*references.codes.stride()[:2], references.reference_idx.stride(0))
-        self._inputs = codes, slots, table, *indices, *parts
-        self._strides = *codes.stride()[:2], *strides, *ends
-        self._kind = {"HAS_SLOTS": slots is not None, "HAS_REFERENCES": references is not None}
+            *parts, maps[1] = references
+            strides = (*references.codes.stride()[:2], references.reference_idx.stride(0))
+        map_strides = [0 if part is None else part.stride(0) for part in maps]
+        self._inputs = codes, slots, slot_map, table, *indices, *parts[:2], maps[1], *parts[2:]
+        self._strides = *codes.stride()[:2], map_strides[0], *strides, map_strides[1], *ends
+        self._kind = {
+            "HAS_SLOTS": slots is not None,
+            "HAS_MAP": slot_map is not None,
+            "HAS_REFERENCES": references is not None,
+        }
 
     def room(self, programs: int, tile: int) -> int:
         """Tokens of a chunk: what fits, in programs that keep all processors of the card busy to the end.

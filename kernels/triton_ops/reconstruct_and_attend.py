@@ -36,13 +36,14 @@ def reconstruct_and_attend(
     rotation: Rotation | None = None,
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     before: Attended | None = None,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Attended:
     """See `reference.reconstruct_and_attend`."""
-    decode = Decoder(codes, vectors, references, slots)
+    decode = Decoder(codes, vectors, references, slots, slot_map)
     score = Scorer(query, decode, key_map, rotation, mask, slots, lengths, scale)
     batch, heads, num_queries, _ = query.shape
     rows, num_components, width, room, new = score.rows, decode.num_components, decode.width, score.room, decode.new

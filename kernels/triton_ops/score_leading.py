@@ -36,12 +36,13 @@ def score_leading(
     references: References | None = None,
     rotation: Rotation | None = None,
     slots: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
     """See `reference.score_leading`."""
     batch, heads, num_queries, head_dim = query.shape
-    decode = Decoder(codes, vectors, references, slots)
+    decode = Decoder(codes, vectors, references, slots, slot_map)
     num_tokens, query = decode.num_tokens, query.contiguous()
     # it is small, and pairs of keys are not split then
     matrix = key_map.matrix.unflatten(-1, (heads, -1, 2)).movedim(-1, 1).contiguous()
