@@ -291,13 +291,14 @@ class TokenLedger:
         self.settle()
         self.stats = self.stats.plus(forwards=num_steps)
 
-    def pretend(self, num_tokens: int) -> None:
-        """Counts so many more compressed tokens of every row, none of which came."""
-        self.columns, self.merged, self._settled = (
-            count + num_tokens for count in (self.columns, self.merged, self._settled)
-        )
-        self.seen = [count + num_tokens for count in self.seen]
-        self.compressed = [count + num_tokens for count in self.compressed]
+    def pretend(self, added: list[int]) -> None:
+        """Counts so many more compressed tokens of each row, none of which came, as if shorter ones were padded."""
+        most = max(added)
+        self.columns, self.merged, self._settled = (n + most for n in (self.columns, self.merged, self._settled))
+        self.seen = [count + more for count, more in zip(self.seen, added, strict=True)]
+        self.compressed = [count + more for count, more in zip(self.compressed, added, strict=True)]
+        if min(added) < most:
+            self.row_columns = [torch.arange(most - more, self.columns) for more in added]
         self._relayout()
 
     def _count_masked(self, mask: torch.Tensor) -> None:

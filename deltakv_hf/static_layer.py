@@ -265,10 +265,10 @@ class StaticLayer(DeltaKVLayer):
         super().reset()
         self.reader = None
 
-    def pretend(self, num_tokens: int, columns: int) -> None:
-        """Holds `num_tokens` compressed tokens of random codes, for who measures the time of a step."""
+    def pretend(self, counts: list[int], columns: int) -> None:
+        """Holds so many compressed tokens of each row, of random codes, for who measures the time of a step."""
         widths, packed, _, num_flushes = self._held
-        packed = packed.fitted([num_tokens] * len(packed.counts))
+        packed = packed.fitted(counts)
         self._make_pool(packed.table)
         for part in vars(self.pool).values():
             # numbers of references and levels stay zero: no other are known to be in range

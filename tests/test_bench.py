@@ -63,13 +63,24 @@ def test_generate_is_measured_row_by_row(tmp_path, monkeypatch):
     assert json.loads(file.read_bytes())["rows"][-1]["first_token_s"] > 0
 
 
+def test_rows_of_different_length(tmp_path):
+    file, ragged = tmp_path / "rows.json", ("--contexts", "800", "--batches", "2", "--ragged")
+    for options in ((*ragged, "--released", "1"), ragged, (*ragged, "--prefill"), ragged[:-1]):
+        result = run(*TINY, "--kinds", "deltakv", *options, "--json", file)
+        assert result.exit_code == 0, result.output
+    released, padded, read, even = json.loads(file.read_bytes())["rows"]
+    assert padded["ragged"] and released["released"] == 1 and "error" not in read and read["tokens_s"] > 0
+    assert padded["cache_bytes"] < even["cache_bytes"]
+    assert_refused(run(*TINY, "--batches", "2", "--released", "2"), "--released", "2")
+
+
 def test_a_step_of_a_filled_cache_is_that_of_a_read_one():
     """As many tokens of as many bytes: of a cache that was filled with random codes only these are not real."""
     model = shape_model("tiny", torch.device("cpu"), torch.float32)
     caches = [DeltaKVCache(model, compressor=random_compressor(model), max_cache_len=512) for _ in range(2)]
     model.set_attn_implementation("deltakv")
     with torch.no_grad():
-        pretend(caches[0], model, 2, 400)
+        pretend(caches[0], model, [400, 400])
         model(torch.zeros(2, 400, dtype=torch.int64), past_key_values=caches[1])
         for cache in caches:
             assert model(torch.zeros(2, 1, dtype=torch.int64), past_key_values=cache).logits.isfinite().all()

@@ -59,6 +59,8 @@ def generate(
     batches: Annotated[str, typer.Option(help="Rows, commas between.")] = "1",
     prefill: Annotated[bool, typer.Option(help="Read the prompt, and time that, instead of filling caches.")] = False,
     text: Annotated[Path | None, typer.Option(help="Text to read, with --model. Default: random tokens.")] = None,
+    ragged: Annotated[bool, typer.Option(help="Rows of a batch from a share to the whole context, padded.")] = False,
+    released: Annotated[int, typer.Option(help="With our caches: rows, the longest, that have ended.")] = 0,
     filter_layers: Annotated[str | None, typer.Option(help="Of deltakv filter: their numbers.")] = None,
     memory_gb: Annotated[float | None, typer.Option(min=0.1, help="Use no more of the GPU.")] = None,
     backend: Annotated[str | None, typer.Option(help="That compiles. Default: inductor, on a GPU.")] = None,
@@ -84,7 +86,8 @@ def generate(
 
         for name, path in (("--json", json_file), ("--png", png)):
             check_output(name, path)
-        rows = bench_generate.wanted_rows(kinds, contexts, batches, prefill, backend)
+        chosen = {"prefill": prefill, "backend": backend, "ragged": ragged, "released": released}
+        rows = bench_generate.wanted_rows(kinds, contexts, batches, **chosen)
         if (model is None) == (shape is None) or shape not in (None, *SHAPES):
             raise InvalidOptionError(f"`--shape` must be {' or '.join(SHAPES)}, or `--model` be given, got {shape!r}.")
         if text is not None and model is None:

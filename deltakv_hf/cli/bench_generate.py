@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def numbers(name: str, given: str, low: int = 1) -> list[int]:
     return [int(part) for part in parts]
 
 
-def wanted_rows(kinds: str, contexts: str, batches: str, prefill: bool, backend: str | None) -> list:
-    """All combinations."""
+def wanted_rows(kinds: str, contexts: str, batches: str, **options) -> list:
+    """All combinations; `options` are the other fields of rows."""
     from ..evaluation.generating import KINDS, Row
 
     names = [name.strip() for name in kinds.split(",")]
@@ -39,7 +40,11 @@ def wanted_rows(kinds: str, contexts: str, batches: str, prefill: bool, backend:
     if unknown:
         raise InvalidOptionError(f"`--kinds` must be some of {', '.join(KINDS)}, got {unknown[0]!r}.")
     sizes = product(names, numbers("--contexts", contexts), numbers("--batches", batches))
-    return [Row(*size, prefill, backend) for size in sizes]
+    rows = [Row(*size, **options) for size in sizes]
+    fewest = min(row.batch for row in rows)
+    if not 0 <= options["released"] < fewest:
+        raise InvalidOptionError(f"`--released` must leave a row of {fewest}, got {options['released']}.")
+    return rows
 
 
 def measure(model, rows: list, compressor, options: dict, environment: dict, json_file: Path | None, text=None) -> dict:
@@ -56,7 +61,9 @@ def measure(model, rows: list, compressor, options: dict, environment: dict, jso
             )
         made["rows"] = old["rows"]
     for row in rows:
-        if any(all(known.get(name) == value for name, value in vars(row).items()) for known in made["rows"]):
+        if any(
+            all(known.get(f.name, f.default) == getattr(row, f.name) for f in fields(row)) for known in made["rows"]
+        ):
             console.print(f"{row.kind}, {row.context:,} tokens, batch {row.batch}: measured before")
             continue
         with console.status(f"{row.kind}, {row.context:,} tokens, batch {row.batch}"):

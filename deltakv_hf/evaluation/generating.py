@@ -53,6 +53,8 @@ class Row:
         batch: rows.
         prefill: whether the prompt is really read.
         backend: that compiles, instead of inductor.
+        ragged: whether rows are of different length, left padded: the first of a share of the context, the last whole.
+        released: how many rows, the longest, have ended and been released.
     """
 
     kind: str
@@ -60,6 +62,15 @@ class Row:
     batch: int = 1
     prefill: bool = False
     backend: str | None = None
+    ragged: bool = False
+    released: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row of the batch."""
+        if not self.ragged:
+            return [self.context] * self.batch
+        return [self.context * (row + 1) // self.batch for row in range(self.batch)]
 
 
 class _Clock(StoppingCriteria):
@@ -161,9 +172,14 @@ def _make(model: PreTrainedModel, row: Row, compressor, options: dict, total: in
             for layer in cache.layers:
                 layer.cumulative_length.fill_(row.context)
         return cache
-    cache = DeltaKVCache(model, compressor=compressor, max_cache_len=total, **SELECTIONS[row.kind] | options)
+    options = SELECTIONS[row.kind] | options
+    if row.ragged and not row.prefill:
+        # what a padded prompt would ask for
+        options = {"max_pool_tokens": sum(row.lengths) + row.batch * (total - row.context)} | options
+    cache = DeltaKVCache(model, compressor=compressor, max_cache_len=total, **options)
     if not row.prefill:
-        pretend(cache, model, row.batch, row.context)
+        pretend(cache, model, row.lengths)
+        cache.release_rows(range(row.batch - row.released, row.batch))
     return cache
 
 
@@ -181,11 +197,14 @@ def _run(model: PreTrainedModel, row: Row, cache: Cache, ids: torch.Tensor) -> d
     from torch._dynamo.utils import counters
 
     counters.clear()
-    result = {}
+    result, mask = {}, torch.ones_like(ids)
+    for place, length in enumerate(row.lengths):
+        mask[place, : row.context - length] = 0
     if row.prefill:
         synchronize(model.device)
         start = time.perf_counter()
-        model(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        read = {"attention_mask": mask[:, :-1]} if row.ragged else {}
+        model(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1, **read)
         synchronize(model.device)
         result["first_token_s"] = time.perf_counter() - start
 
@@ -193,7 +212,7 @@ def _run(model: PreTrainedModel, row: Row, cache: Cache, ids: torch.Tensor) -> d
         clock = _Clock()
         ids = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1),
             past_key_values=cache,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
