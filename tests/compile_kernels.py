@@ -68,7 +68,7 @@ INDICES = (
     )
     | {"reference_codes": "*u8", "reference_idx": "*i16"}
 )
-DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride map_stride", "width room")
+DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride slot_map_stride", "width room")
 DECODE |= integers("reference_row_stride reference_stride idx_row_stride reference_map_stride end_16 end_8 end_4 end_2")
 SCORE = (
     HALVES

@@ -7,10 +7,10 @@ import triton.language as tl
 LARGEST_WEIGHT = tl.constexpr(2048.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
-# what the width of loads does not depend on is no reason to compile anew
+# what the width of loads does not depend on is no reason to compile anew; it holds for every kernel that has the name
 ANY = (
     "first num_tokens num_components part_size num_rows num_queries num_heads chunk count row_blocks "
-    "row_stride slot_stride map_stride reference_row_stride reference_stride idx_row_stride reference_map_stride "
+    "row_stride slot_stride slot_map_stride reference_row_stride reference_stride idx_row_stride reference_map_stride "
     "end_16 end_8 end_4 end_2 angle_stride mask_row mask_head mask_query mask_token"
 ).split()
 
@@ -67,7 +67,7 @@ def decode_kernel(
     room,
     row_stride,
     slot_stride,
-    map_stride,
+    slot_map_stride,
     reference_row_stride,
     reference_stride,
     idx_row_stride,
@@ -91,7 +91,7 @@ def decode_kernel(
         slot = tl.load(slots + row * num_tokens + token, mask=is_token, other=0)
     if HAS_MAP:
         # a pool of many rows may be larger than 32 bits count
-        slot = tl.load(slot_map + row * map_stride + slot, mask=is_token, other=0).to(tl.int64)
+        slot = tl.load(slot_map + row * slot_map_stride + slot, mask=is_token, other=0).to(tl.int64)
     codes += row * row_stride
     offsets = slot * slot_stride
     # programs that run at the same time share a part of the table, which L1 holds; one program has vectors of one size
