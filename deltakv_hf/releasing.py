@@ -9,6 +9,7 @@ from transformers import StoppingCriteria
 
 from .cache import DeltaKVCache
 from .config import check_integer
+from .errors import InvalidOptionError
 
 
 class ReleaseFinished(StoppingCriteria):
@@ -24,15 +25,17 @@ class ReleaseFinished(StoppingCriteria):
         every: tokens between two looks; a look waits for the device.
 
     Raises:
-        InvalidOptionError: `every` is less than 1.
+        InvalidOptionError: `every` is less than 1, or there is no end token.
 
     Examples:
-        >>> ended = ReleaseFinished(cache, model.generation_config.eos_token_id)
+        >>> ended = ReleaseFinished(cache, eos_token_id=7)
         >>> out = model.generate(**inputs, past_key_values=cache, stopping_criteria=[ended], max_new_tokens=8)
     """
 
     def __init__(self, cache: DeltaKVCache, eos_token_id: int | Sequence[int] | torch.Tensor, every: int = 64):
         check_integer("every", every, low=1)
+        if eos_token_id is None:
+            raise InvalidOptionError("`eos_token_id` must be a token or several, got None: without one no row ends.")
         self.cache, self.every = cache, every
         self.eos_token_id = torch.as_tensor(eos_token_id).flatten()
         self._first = self._seen = 0

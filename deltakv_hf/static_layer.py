@@ -189,7 +189,11 @@ class StaticLayer(DeltaKVLayer):
         """What rows that hold nothing have in the pool, which is as large as they may come to need."""
         ledger = self.ledger
         most = [ledger.canonical(self.max_cache_len - padding) for padding in ledger.num_padding()]
-        table = self._block_pool.empty(batch, max(self._num_blocks, self._block_pool.num_blocks(most)))
+        num_blocks = max(self._num_blocks, self._block_pool.num_blocks(most))
+        if batch == 1:
+            # it is read as a whole
+            num_blocks = max(num_blocks, self.capacity // self._block_pool.block_size)
+        table = self._block_pool.empty(batch, num_blocks)
         self._make_pool(table)
         return PooledTokens(table, [0] * batch)
 

@@ -62,13 +62,15 @@ HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
 INDICES = (
     {"codes": "*u8"}
     | dict.fromkeys(
-        "slots positions lengths byte_idx first_entry vector_size".split()
+        "slots slot_map reference_map positions lengths byte_idx first_entry vector_size".split()
         + "reference_byte_idx reference_first_entry reference_vector_size".split(),
         "*i32",
     )
     | {"reference_codes": "*u8", "reference_idx": "*i16"}
 )
-DECODE = HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride slot_map_stride", "width room")
+DECODE = (
+    HALVES | INDICES | integers("first num_tokens num_components row_stride slot_stride slot_map_stride", "width room")
+)
 DECODE |= integers("reference_row_stride reference_stride idx_row_stride reference_map_stride end_16 end_8 end_4 end_2")
 SCORE = (
     HALVES
@@ -78,14 +80,14 @@ SCORE = (
 )
 SCORE |= integers("mask_row mask_head mask_query mask_token", "width room score_room half pairs map_stride")
 MIX = HALVES | integers("chunk count num_components num_rows row_blocks", "span width room")
-SEEN = {"output": "*bf16"} | integers("num_spans num_heads num_queries num_blocks", "num_components")
+SEEN = {"output": "*bf16"} | integers("num_spans num_heads num_queries num_blocks num_components")
 PROJECT = SEEN | {"value_map": "*fp16"}
 RAW = integers("num_tokens first second third num_heads num_queries mask_row mask_head mask_query mask_token")
 RAW |= {"scale": "fp32"}
-BLOCKS = integers(" ".join(block_kernels.ANY), "block_stride token_stride mean_stride")
+BLOCKS = integers(" ".join(block_kernels.ANY), "block_stride token_stride")
 BLOCKS |= {"scale": "fp32", "block_table": "*i64"} | dict.fromkeys("leader positions lengths".split(), "*i32")
 CHOOSE = dict.fromkeys("keys counters tallies slots".split(), "*i32")
-CHOOSE |= integers("num_tokens num_rows num_spans budget", "span room")
+CHOOSE |= integers(" ".join(choose_kernels.ANY))
 INT4 = dict.fromkeys(("key_codes", "key_levels", "value_codes", "value_levels", "block_table", "lengths"), "*i32")
 INT4 |= {"query_scale": "fp32"} | integers(
     "num_tokens span num_heads num_queries mask_row mask_head mask_query mask_token"
@@ -187,6 +189,8 @@ for capability in CAPABILITIES:
         signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
         values = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
         aligned = {arg for arg, kind in signature.items() if kind.startswith("*") or kind == WHOLE}
+        # a launch would not say that of an argument whose name is on the list of what is not looked at
+        assert not aligned & set(kernel.do_not_specialize or ()), (kernel.__name__, kernel.do_not_specialize)
         attributes = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned}
         signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
         target = GPUTarget("cuda", capability, 32)

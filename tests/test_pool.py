@@ -30,6 +30,8 @@ def test_every_block_is_of_one_row_or_free(histories, num_blocks, block_size):
         # what a row keeps stays where it is
         assert all(new[: len(old)] == old[: len(new)] for new, old in zip(table.rows, before.rows, strict=True))
         assert table.num_blocks in (before.num_blocks, len(held))
+        # a single row's tokens stand in order
+        assert len(table.rows) > 1 or table.rows[0] == tuple(range(len(held)))
         slots = table.slots(3, torch.device("cpu"))
         for row, blocks in enumerate(table.rows):
             assert slots[row, : 3 * len(blocks)].tolist() == [3 * block + at for block in blocks for at in range(3)]
@@ -153,4 +155,6 @@ def test_wrong_rows_and_sizes():
         DeltaKVCache(model, max_cache_len=64, max_pool_tokens=0)
     with pytest.raises(InvalidOptionError, match="`every`"):
         ReleaseFinished(cache, 2, every=0)
+    with pytest.raises(InvalidOptionError, match="`eos_token_id` must be a token"):
+        ReleaseFinished(cache, None)
     assert BlockPool(32, 100).num_blocks([]) == 4

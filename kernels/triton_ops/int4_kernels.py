@@ -144,8 +144,13 @@ def int4_kernel(
         value_block = tl.minimum(start + quarter // 4 * GROUP, end - 1) // GROUP
         if HAS_TABLE:
             table = block_table + row * (num_tokens // GROUP)
-            slot = tl.load(table + slot // GROUP) * GROUP + slot % GROUP
-            block, value_block = tl.load(table + block), tl.load(table + value_block)
+            if BLOCKS == 1:
+                # one number for the whole tile
+                first = tl.load(table + start // GROUP)
+                slot, block, value_block = first * GROUP + slot - start, first + block * 0, first + value_block * 0
+            else:
+                slot = tl.load(table + slot // GROUP) * GROUP + slot % GROUP
+                block, value_block = tl.load(table + block), tl.load(table + value_block)
 
         # queries times the scales of each block: [bytes, BLOCKS, QUERIES]
         spot = key_levels + block[None, :] * (8 * KEY_WORDS) + byte[:, None]
