@@ -39,6 +39,8 @@ class StaticWindowLayer(DynamicSlidingWindowLayer):
         self.plan: StaticPlan | None = None
         self.live: torch.Tensor | None = None
         self.is_first = self.is_last = False
+        # seen by the ring: the host's code changes its own count before it asks for keys, or behind
+        self.columns = 0
         # what the host's code has set; without it, the ring holds the tokens
         self._set: dict[str, torch.Tensor | None] = {}
         self._own = frozenset(vars(self)) | {"_own"}
@@ -65,12 +67,11 @@ class StaticWindowLayer(DynamicSlidingWindowLayer):
         self._set["values"] = states
 
     def _in_order(self, ring: torch.Tensor) -> torch.Tensor:
-        return ring.index_select(2, self._places(min(self.cumulative_length, self.sliding_window - 1), ring.device))
+        return ring.index_select(2, self._places(min(self.columns, self.sliding_window - 1), ring.device))
 
     def _places(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """Where the newest tokens stand."""
-        stop = self.cumulative_length
-        return torch.arange(stop - num_tokens, stop, device=device) % self.size
+        return torch.arange(self.columns - num_tokens, self.columns, device=device) % self.size
 
     @property
     def is_compileable(self) -> bool:
@@ -107,7 +108,7 @@ class StaticWindowLayer(DynamicSlidingWindowLayer):
 
     def equip(self, plan: StaticPlan, live: torch.Tensor) -> None:
         """Makes the layer ready for the steps of `plan`."""
-        self.plan, self.live = plan, live
+        self.plan, self.live, self.columns = plan, live, self.cumulative_length
         for name, states in self._set.items():
             ring = getattr(self, f"ring_{name}")
             shape = *states.shape[:2], self.size, states.shape[3]
@@ -123,6 +124,7 @@ class StaticWindowLayer(DynamicSlidingWindowLayer):
     def advance(self, num_steps: int) -> None:
         """Counts the tokens of steps that have run."""
         self.cumulative_length += num_steps
+        self.columns += num_steps
 
     # -- a decode step ---------------------------------------------------------------------------------------------
 
