@@ -18,6 +18,7 @@ class StaticModelCache(ModelCache):
     """A `ModelCache` that is of fixed size if `_static` is set."""
 
     _static: StaticRun | None = None
+    _shares = False
 
     def _fix_size(self, max_cache_len: int) -> None:
         """Called once, when the layers are there."""
@@ -37,6 +38,8 @@ class StaticModelCache(ModelCache):
         for window in windows:
             self.layers[window.layer_idx] = window
         self._static = StaticRun(max_cache_len, self._ledger, self._registry, layers, windows)
+        # what a layer wrote is attended to by others behind it, too, where a step counts one attention a layer
+        self._shares = bool(getattr(self.model_config, "num_kv_shared_layers", 0))
 
     def _slides(self, layer_idx: int) -> bool:
         """Whether a layer of the host sees a window; a chunk, which is held the same, begins anew."""
@@ -56,8 +59,8 @@ class StaticModelCache(ModelCache):
 
     @property
     def _attends(self) -> bool:
-        """Whether the model's attention reads layers of fixed size; with any other they serve as growing ones."""
-        return self._static is not None and self.model_config._attn_implementation == NAME
+        """Whether the model's attention reads layers of fixed size; if not, they serve as growing ones."""
+        return self._static is not None and not self._shares and self.model_config._attn_implementation == NAME
 
     @property
     def is_compileable(self) -> bool:
