@@ -186,7 +186,7 @@ class CompressedCache(Cache):
                 continue
             if getattr(layer, "record_past", False):
                 fresh[layer_idx].activate_past_recording()
-            self.layers[layer_idx] = fresh[layer_idx]
+            host_layers.put(self.layers, layer_idx, fresh[layer_idx])
         self._touched.clear()
         self._registry.tables.clear()
         self._ledger.reset(stats)

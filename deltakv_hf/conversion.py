@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from . import host_layers
 from .attach import LayerProbe
 from .errors import InvalidOptionError, UnsupportedModelError
 from .hf_compat import DynamicCache, DynamicLayer
@@ -17,7 +18,7 @@ def to_dynamic(cache) -> DynamicCache:
     dynamic = DynamicCache(config=cache.model_config)
     for layer_idx, layer in enumerate(cache.layers):
         if not isinstance(layer, DeltaKVLayer):
-            dynamic.layers[layer_idx] = copy.deepcopy(layer)
+            dynamic.layers[layer_idx] = copy.deepcopy(host_layers.growing(layer))
         elif layer.is_initialized:
             keys, values = layer.dequantize()
             dynamic.layers[layer_idx].lazy_initialization(keys, values)
@@ -86,8 +87,8 @@ def _check_shapes(cache, layers: list) -> None:
 
 def _fill_host_layer(cache, layer_idx: int, source: object) -> None:
     layer = cache.layers[layer_idx]
-    if type(source) is type(layer):
-        cache.layers[layer_idx] = copy.deepcopy(source)
+    if type(source) is type(host_layers.growing(layer)):
+        host_layers.put(cache.layers, layer_idx, copy.deepcopy(source))
     elif type(source) is DynamicLayer and source.is_initialized and hasattr(layer, "update"):
         # a `DynamicCache` made without a config keeps every token of every layer
         layer.update(source.keys, source.values)

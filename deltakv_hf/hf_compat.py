@@ -16,6 +16,7 @@ __all__ = [
     "CacheLayerMixin",
     "DynamicCache",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "HostCopy",
     "check_versions",
     "execution_device",
@@ -44,6 +45,7 @@ from transformers.cache_utils import (  # noqa: E402
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402

@@ -6,11 +6,25 @@ import torch
 
 from .errors import CacheStateError
 from .hf_compat import CacheLayerMixin
+from .static_window import StaticWindowLayer
 
 
 def tensors(layer: object) -> list[torch.Tensor]:
     """Tensors that a layer of the host holds."""
-    return _tensors(vars(layer))
+    return layer.tensors() if isinstance(layer, StaticWindowLayer) else _tensors(vars(layer))
+
+
+def growing(layer: object) -> object:
+    """The layer as the host has it: itself, or what a window of fixed size holds as a growing one."""
+    return layer.to_growing() if isinstance(layer, StaticWindowLayer) else layer
+
+
+def put(layers: list[object], layer_idx: int, layer: object) -> None:
+    """Sets a layer; a window of fixed size stays where it is and becomes what `layer` is."""
+    if isinstance(layers[layer_idx], StaticWindowLayer):
+        layers[layer_idx].take(layer)
+    else:
+        layers[layer_idx] = layer
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

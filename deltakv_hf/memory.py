@@ -131,7 +131,7 @@ def report(layers: list, ledger, registry, extra: list[torch.Tensor]) -> MemoryR
         if not hasattr(layer, "held"):
             size = held_bytes(host_layers.tensors(layer))
             parts["host layers"] += size
-            dense += size
+            dense += held_bytes(host_layers.tensors(host_layers.growing(layer)))
         elif layer.held is not None:
             state = layer.held
             raw = [state.tail_keys, state.tail_values, state.pending_keys, state.pending_values]

@@ -7,15 +7,18 @@ from torch import nn
 
 from .attention import NAME
 from .errors import InvalidOptionError
+from .hf_compat import DynamicSlidingWindowLayer
 from .model_cache import ModelCache
 from .static_layer import StaticLayer
 from .static_run import StaticRun
+from .static_window import StaticWindowLayer
 
 
 class StaticModelCache(ModelCache):
     """A `ModelCache` that is of fixed size if `_static` is set."""
 
     _static: StaticRun | None = None
+    _shares = False
 
     def _fix_size(self, max_cache_len: int) -> None:
         """Called once, when the layers are there."""
@@ -27,7 +30,22 @@ class StaticModelCache(ModelCache):
         if not layers:
             # all are the host's
             return
-        self._static = StaticRun(max_cache_len, self._ledger, self._registry, layers)
+        windows = [
+            StaticWindowLayer(layer_idx, layer, max_cache_len)
+            for layer_idx, layer in enumerate(self.layers)
+            if self._slides(layer_idx)
+        ]
+        for window in windows:
+            self.layers[window.layer_idx] = window
+        self._static = StaticRun(max_cache_len, self._ledger, self._registry, layers, windows)
+        # what a layer wrote is attended to by others behind it, too, where a step counts one attention a layer
+        self._shares = bool(getattr(self.model_config, "num_kv_shared_layers", 0))
+
+    def _slides(self, layer_idx: int) -> bool:
+        """Whether a layer of the host sees a window; a chunk, which is held the same, begins anew."""
+        types = getattr(self.model_config, "layer_types", None)
+        is_window = type(self.layers[layer_idx]) is DynamicSlidingWindowLayer and layer_idx in self._probes
+        return is_window and types is not None and types[layer_idx] == "sliding_attention"
 
     def _resize(self, sizes: tuple[int, int, int], max_pool_tokens: int | None) -> None:
         self._check_whole()
@@ -41,8 +59,8 @@ class StaticModelCache(ModelCache):
 
     @property
     def _attends(self) -> bool:
-        """Whether the model's attention reads layers of fixed size; with any other they serve as growing ones."""
-        return self._static is not None and self.model_config._attn_implementation == NAME
+        """Whether the model's attention reads layers of fixed size; if not, they serve as growing ones."""
+        return self._static is not None and not self._shares and self.model_config._attn_implementation == NAME
 
     @property
     def is_compileable(self) -> bool:
@@ -50,7 +68,8 @@ class StaticModelCache(ModelCache):
         return self._attends and super().is_compileable
 
     def _is_static(self, layer_idx: int) -> bool:
-        return layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticLayer)
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return isinstance(layer, StaticLayer) or isinstance(layer, StaticWindowLayer) and layer.is_compileable
 
     def _catch_up(self) -> None:
         """Counts the steps that have run, too."""
@@ -88,12 +107,20 @@ class StaticModelCache(ModelCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """See `ModelCache.update`; a step of one token is written where it stands."""
         layer = self.layers[layer_idx]
-        if isinstance(layer, StaticLayer):
+        if self._is_static(layer_idx):
             if key_states.shape[2] == 1 and self._attends and self._static.is_ready:
                 return layer.step(key_states, value_states)
+        if isinstance(layer, StaticLayer):
             if not torch.compiler.is_compiling() and self._ledger.step is None:
                 self._static.check_length(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        """See `transformers.Cache.activate_past_recording`; windows that record grow, so steps are not compiled."""
+        self._catch_up()
+        super().activate_past_recording()
+        if self._static is not None:
+            self._static.stop()
 
     # -- what `generate` and the model ask ------------------------------------------------------------------------
 

@@ -328,14 +328,8 @@ class StaticLayer(DeltaKVLayer):
             scale: of scores; None: by the head's size.
             others: what else the model passes on.
         """
-        for name in ("softcap", "s_aux", "position_bias"):
-            if others.get(name) is not None:
-                raise UnsupportedModelError(
-                    f"`max_cache_len` must be left out for a model whose attention has `{name}`, got one that has."
-                )
+        check_step(query, others)
         plan = self.plan
-        if query.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedModelError("a step with `max_cache_len` must run under `torch.no_grad()`, got gradients.")
         if self.is_first:
             plan.note(mask)
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -349,6 +343,17 @@ class StaticLayer(DeltaKVLayer):
         if self.is_last:
             plan.move_on()
         return output
+
+
+def check_step(query: torch.Tensor, others: dict) -> None:
+    """Raises if a step of fixed size can't attend like that."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise UnsupportedModelError(
+                f"`max_cache_len` must be left out for a model whose attention has `{name}`, got one that has."
+            )
+    if query.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedModelError("a step with `max_cache_len` must run under `torch.no_grad()`, got gradients.")
 
 
 def _storage(tensor: torch.Tensor) -> int:

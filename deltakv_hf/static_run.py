@@ -12,10 +12,12 @@ import torch
 
 from .config import DeltaKVConfig, check_integer
 from .errors import CacheStateError, InvalidOptionError
+from .hf_compat import upload
 from .ledger import TokenLedger
 from .rope import RopeRegistry
 from .static_layer import StaticLayer
 from .static_plan import StaticPlan
+from .static_window import StaticWindowLayer, live_places, new_live
 
 
 class StaticRun:
@@ -24,11 +26,21 @@ class StaticRun:
     Args:
         max_cache_len: columns that it has room for.
         ledger, registry: of the cache.
-        layers: those of fixed size.
+        layers, windows: those of fixed size.
     """
 
-    def __init__(self, max_cache_len: int, ledger: TokenLedger, registry: RopeRegistry, layers: list[StaticLayer]):
-        self.max_cache_len, self.ledger, self.registry, self.layers = max_cache_len, ledger, registry, layers
+    def __init__(
+        self,
+        max_cache_len: int,
+        ledger: TokenLedger,
+        registry: RopeRegistry,
+        layers: list[StaticLayer],
+        windows: list[StaticWindowLayer],
+    ):
+        self.max_cache_len, self.ledger, self.registry = max_cache_len, ledger, registry
+        self.layers, self.windows = layers, windows
+        # by places of a ring
+        self.live: dict[int, torch.Tensor] = {}
         self.plan: StaticPlan | None = None
         self.rooms: list[tuple[torch.Tensor, torch.Tensor] | None] = []
 
@@ -36,12 +48,17 @@ class StaticRun:
         """What is held beside the layers and the RoPE tables in use."""
         spare = self.rooms[len(self.registry.tables) :]
         rooms = [table for room in spare if room is not None for table in room]
-        return rooms + ([] if self.plan is None else self.plan.tensors())
+        return rooms + ([] if self.plan is None else [*self.plan.tensors(), *self.live.values()])
 
     @property
     def is_ready(self) -> bool:
         """Whether a step may run."""
         return self.plan is not None and self.plan.is_ready
+
+    def stop(self) -> None:
+        """Has the next step prepared anew."""
+        if self.plan is not None:
+            self.plan.is_ready = False
 
     def check_length(self, query_length: int) -> None:
         """Raises if so many more columns do not fit."""
@@ -64,6 +81,8 @@ class StaticRun:
         with self.ledger.changing("resize"):
             for layer in self.layers:
                 layer.resize(sizes)
+            for window in self.windows:
+                window.resize(sizes[0])
         for tables in self.registry.tables:
             tables.leave_room()
         self.max_cache_len, self.plan, self.rooms = sizes[0], None, []
@@ -87,6 +106,8 @@ class StaticRun:
             layer.advance(num_steps)
             if layer.reads_choice:
                 layer.selector.count(num_steps, self.ledger.batch_size, most)
+        for window in self._stepping():
+            window.advance(num_steps)
         for tables in self.registry.tables:
             tables.take(self.ledger.columns)
 
@@ -116,25 +137,44 @@ class StaticRun:
         self.rooms += [None] * (len(self.registry.tables) - len(self.rooms))
         for number, tables in enumerate(self.registry.tables):
             self.rooms[number] = tables.reserve(columns, self.plan.batch_size, self.rooms[number])
-        written = set()
+        written, last = set(), max([*self.layers, *self._stepping()], key=lambda layer: layer.layer_idx)
         for layer in self.layers:
             layer.writes_tables = layer.tables is not None and id(layer.tables) not in written
             written.add(id(layer.tables))
-            layer.is_first, layer.is_last = layer is first, layer is self.layers[-1]
+            layer.is_first, layer.is_last = layer is first, layer is last
             if layer.reader is None or layer.plan is not self.plan:
                 layer.equip(self.plan)
         self._assign_choices()
+        self._write_windows(last)
         self.plan.write(self.ledger, first.table, first.num_sinks)
         self.plan.is_ready = True
 
+    def _stepping(self) -> list[StaticWindowLayer]:
+        """Windows whose steps are of fixed size, too."""
+        return [window for window in self.windows if window.is_compileable]
+
+    def _write_windows(self, last: object) -> None:
+        ledger, written = self.ledger, set()
+        for window in self._stepping():
+            if window.size not in self.live:
+                self.live[window.size] = new_live(ledger.batch_size, window.size, self.plan.device)
+            live = self.live[window.size]
+            window.is_first, window.is_last = window.size not in written, window is last
+            window.equip(self.plan, live)
+            if window.is_first:
+                places = live_places(window.size, ledger.columns, ledger.row_columns, ledger.batch_size)
+                live.copy_(upload(places, self.plan.device))
+                written.add(window.size)
+
     def _make_plan(self) -> None:
-        devices = {layer.device for layer in self.layers}
+        devices = {layer.device for layer in (*self.layers, *self._stepping())}
         if len(devices) > 1:
             raise InvalidOptionError(
                 f"`max_cache_len` must be left out for a model on several devices, got {sorted(map(str, devices))}."
             )
         first, num_sinks = self.layers[0], self.ledger.config.num_sink_tokens
         strides = {layer.compressor.lattice.stride for layer in self.layers}
+        self.live = {}
         sizes = self.ledger.batch_size, first.capacity, first.num_raw, num_sinks
         self.plan = StaticPlan(*sizes, strides, self.ledger.pool.block_size, devices.pop())
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from transformers import PretrainedConfig
 
+from .. import host_layers
 from ..attach import unwrap
 from ..errors import CacheStateError, InvalidOptionError
 from ..hf_compat import host_version
@@ -152,7 +153,7 @@ def _describe_layer(cache, layer_idx: int, tensors: dict[str, torch.Tensor]) -> 
     layer, name = cache.layers[layer_idx], f"layers.{layer_idx}"
     record = {"class": class_of(layer), "device": str(getattr(layer, "device", None) or "cpu")}
     if not isinstance(layer, DeltaKVLayer):
-        return record | {"attributes": encode(dict(vars(layer)), name, tensors)}
+        return record | {"attributes": encode(dict(vars(host_layers.growing(layer))), name, tensors)}
     tables = [i for i, tables in enumerate(cache._registry.tables) if tables is layer.tables]
     return record | {
         "compressor": type(layer.compressor).__name__,

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 
 import torch
 
+from .. import host_layers
 from ..errors import CacheStateError
 from ..hf_compat import execution_device, host_version
 from ..rope import RopeForm, RopeTables
@@ -187,7 +188,7 @@ def _give_tables(layer, number: int | None, tables: dict, device: torch.device, 
 
 def restore_host_layer(cache, layer_idx: int, saved: Saved, device: torch.device) -> None:
     """Attributes of a layer of the host's, which must be those that the running version knows."""
-    layer, record = cache.layers[layer_idx], saved.content["layers"][layer_idx]
+    layer, record = host_layers.growing(cache.layers[layer_idx]), saved.content["layers"][layer_idx]
     name, home = f"layers.{layer_idx}", torch.device(record["device"])
 
     def place(held: torch.device) -> torch.device:
@@ -208,6 +209,7 @@ def restore_host_layer(cache, layer_idx: int, saved: Saved, device: torch.device
     if keys is not None and keys.numel() and keys.shape[0] != cache._ledger.batch_size and cache.own_layers:
         raise _wrong(f"{name}.keys", f"of {cache._ledger.batch_size} rows", _shape(keys))
     vars(layer).update(attributes)
+    host_layers.put(cache.layers, layer_idx, layer)
 
 
 def _misfit(attributes: dict, layer) -> str | None:
