@@ -49,6 +49,7 @@ __all__ = [
     "ValueMap",
     "Vectors",
     "analyse",
+    "analyse_states",
     "attend",
     "attend_blocks",
     "attend_many",
@@ -81,6 +82,7 @@ LEAST_CAPABILITY = (7, 5)
 # what a GPU does with Triton by itself (docs/kernels.md)
 CHOSEN = (
     "analyse",
+    "analyse_states",
     "attend",
     "attend_blocks",
     "block_directions",
@@ -105,6 +107,21 @@ def analyse(
 ) -> torch.Tensor:
     """See `kernels/reference/analyse.py`; backends differ in the order of sums, by a millionth of a token."""
     return _op("analyse", backend, tokens.device)(tokens, mean, weights, inverse)
+
+
+def analyse_states(
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    interleaved: bool,
+    mean: torch.Tensor,
+    weights: torch.Tensor,
+    inverse: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/analyse_states.py`; backends differ in the order of sums, by a millionth of a token."""
+    states = key_states, value_states, angles, interleaved
+    return _op("analyse_states", backend, key_states.device)(*states, mean, weights, inverse)
 
 
 def attend(

@@ -9,6 +9,7 @@ import torch
 import triton
 from deltakv_hf.kernels.triton_ops import (
     analyse,
+    analyse_states,
     attend,
     attend_blocks,
     attend_kernels,
@@ -54,7 +55,11 @@ PICK |= integers("num_tokens num_bytes num_components num_coded")
 ROUND = {"codes": "*i8", "share": "fp32"} | integers("", "width room")
 SPLIT = {"parts": "*fp16"} | integers("", "width room")
 MULTIPLY = {"parts": "*fp16", "inverse": "*fp16"}
-MULTIPLY |= integers("num_tokens", "num_components width room")
+MULTIPLY |= integers("num_tokens num_components", "stride width room")
+CENTRE = {"keys": "*bf16", "values": "*bf16", "numbers": "*fp16"}
+CENTRE |= integers(
+    "num_tokens key_row value_row angle_row", "key_width value_width room key_head key_token value_head value_token"
+)
 UNROTATE = {"states": "*fp16"}
 UNROTATE |= integers("num_tokens heads row_stride angle_stride", "head_dim pairs head_stride token_stride width")
 HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
@@ -98,7 +103,12 @@ def kernels(capability: int):
         constants = {"INTERLEAVED": interleaved, "BLOCK_TOKENS": unrotate.BLOCK_TOKENS, "BLOCK_DIM": 128}
         yield unrotate.unrotate_kernel, UNROTATE, constants, {"enable_fp_fusion": False}
     yield analyse.split_kernel, SPLIT, {"BLOCK_WIDTH": analyse.SPLIT_WIDTH}, {}
-    yield analyse.multiply_kernel, MULTIPLY, analyse.tile(capability), {}
+    for parts in (1, 2):
+        yield analyse.multiply_kernel, MULTIPLY, {"PARTS": parts} | analyse.tile(capability), {}
+    for interleaved, pairs, block in ((False, 64, 1024), (True, 48, 4096), (False, 0, 256)):
+        constants = {"KEY_DIM": 128, "VALUE_DIM": 96, "PAIRS": pairs, "INTERLEAVED": interleaved}
+        constants |= {"KEY_BLOCK": block, "VALUE_BLOCK": block, "num_warps": 4 if block < 4096 else 8}
+        yield analyse_states.centre_kernel, CENTRE, constants, {"enable_fp_fusion": False}
     for is_first in (True, False):
         constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
         tile = nearest_references.tile(capability)

@@ -134,6 +134,65 @@ def test_unrotated_tokens_are_those_of_the_reference(shape, sizes, turned, inter
     assert torch.equal(got.cpu(), expected)
 
 
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(0, 40)),
+    sizes=st.tuples(st.sampled_from([2, 6, 32]), st.sampled_from([0, 1, 6, 40])),
+    turned=st.sampled_from(["not", "one pair", "all", "all of one row"]),
+    interleaved=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    components=st.integers(1, 140),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_components_of_states_are_those_of_the_reference_in_any_company(
+    shape, sizes, turned, interleaved, dtype, components, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    rows, heads, num_tokens = shape
+    width, scale = heads * sum(sizes), 10.0 ** (seed % 9 - 4)
+    # as a model holds them, and cut out of more
+    states = [scale * torch.randn(rows, num_tokens + 3, heads, size, generator=generator) for size in sizes]
+    states, angles = [part.to(dtype).transpose(1, 2)[:, :, 3:] for part in states], None
+    if turned != "not":
+        count = 1 if turned == "one pair" else sizes[0] // 2
+        angle = torch.randn(1 if turned == "all of one row" else rows, num_tokens, count, generator=generator)
+        angles = 1.3 * angle.cos(), 1.3 * angle.sin()
+    mean, weights = scale * torch.randn(width, generator=generator), torch.rand(width, generator=generator)
+    states[0][:, :, 1:2] = torch.nan
+    inverse = torch.randn(width, components, generator=generator).half()
+    expected = dispatch.analyse_states(*states, angles, interleaved, mean, weights, inverse, backend="reference")
+
+    def placed(pick):
+        return angles and tuple(part[: pick[0].stop, pick[2]].to(DEVICE) for part in angles)
+
+    def maps_of(matrix):
+        return tuple(part.to(DEVICE) for part in (mean, weights, matrix))
+
+    def run(pick):
+        held = *(part[pick].to(DEVICE) for part in states), placed(pick), interleaved
+        return dispatch.analyse_states(*held, *maps_of(inverse), backend="triton").cpu()
+
+    everything, some = (slice(None), slice(None), slice(None)), (slice(0, 1), slice(None), slice(1, None, 2))
+    tokens = (dispatch.unrotate(*states, angles, interleaved) - mean) * weights
+    sizes = (tokens.norm(dim=-1, keepdim=True) * inverse.float().norm(dim=0)).clamp_(min=1e-30)
+    got, others = run(everything), run(some)
+    torch.testing.assert_close((got - expected) / sizes, expected * 0, rtol=0, atol=1e-6, equal_nan=True)
+    # on a GPU the same bits; the interpreter multiplies by NumPy, which sums rows of a matrix in orders of its own
+    bound = 0 if DEVICE == "cuda" else 1e-6
+    difference = (others - got[:1, 1::2]) / sizes[:1, 1::2]
+    torch.testing.assert_close(difference, expected[:1, 1::2] * 0, rtol=0, atol=bound, equal_nan=True)
+    if dtype != torch.float32:
+        # numbers alone: what is multiplied has the bits of the reference
+        alone = (
+            *(part.to(DEVICE) for part in states),
+            placed(everything),
+            interleaved,
+            *maps_of(torch.eye(width).half()),
+        )
+        numbers = [dispatch.analyse_states(*alone, backend=backend) for backend in ("reference", "triton")]
+        torch.testing.assert_close(*numbers, rtol=0, atol=0, equal_nan=True)
+
+
 @st.composite
 def assignments(draw):
     """(x, starts, tables, steps): runs of groups of several sizes with components before, between and behind them."""

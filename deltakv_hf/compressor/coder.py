@@ -47,6 +47,20 @@ class Coder(ABC):
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token."""
 
+    def prepare(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        interleaved: bool = False,
+    ) -> torch.Tensor:
+        """Tokens as they are coded, `[rows, n, numbers]` float32: here all heads joined and keys un-rotated.
+
+        Args:
+            keys, values, angles, interleaved: as of `dispatch.unrotate`.
+        """
+        return dispatch.unrotate(keys, values, angles, interleaved)
+
     @abstractmethod
     def append(
         self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read, room: TokenStore | None = None
@@ -55,7 +69,7 @@ class Coder(ABC):
 
         Args:
             rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
-            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, as `prepare` gives them.
             room: a larger store of which `store` is the beginning, to be written to in place; None: a new one is made.
         """
 
@@ -92,10 +106,6 @@ class ResidualCoder(Coder):
 
     top_k: int
 
-    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[batch, n, width]` float32 as they are coded: themselves, or their components."""
-        return tokens
-
     @abstractmethod
     def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Fields of the store that stand with references, of prepared tokens `[batch, n, numbers]`."""
@@ -129,7 +139,7 @@ class ResidualCoder(Coder):
         parts = []
         for first in range(start, stop, self.encode_tile):
             last = min(first + self.encode_tile, stop)
-            tokens = self.prepared(read(first, last))
+            tokens = read(first, last)
             if references is None:
                 # none is read back
                 coded = dict(zip(names, self.code_references(tokens), strict=True))

@@ -148,9 +148,17 @@ class TransformCompressor(ResidualCoder):
             torch.empty(batch_size, num_residuals, 1, dtype=torch.int16, device=device),
         )
 
-    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
+    def prepare(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        interleaved: bool = False,
+    ) -> torch.Tensor:
         """Components."""
-        return self.transform.analyse(tokens)
+        transform = self.transform
+        states = keys, values, angles, interleaved
+        return dispatch.analyse_states(*states, transform.mean, transform.weights, transform.inverse)
 
     def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor]:
         """Codes."""

@@ -4,6 +4,7 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 """
 
 from .analyse import analyse
+from .analyse_states import analyse_states
 from .attend import Attended, attend, attend_many, weigh
 from .attend_blocks import Fusion, attend_blocks
 from .block_directions import block_directions
@@ -40,6 +41,7 @@ __all__ = [
     "ValueMap",
     "Vectors",
     "analyse",
+    "analyse_states",
     "attend",
     "attend_blocks",
     "block_directions",
