@@ -69,6 +69,7 @@ __all__ = [
     "quantize",
     "reconstruct",
     "reconstruct_and_attend",
+    "residuals",
     "score",
     "score_leading",
     "unrotate",
@@ -91,6 +92,7 @@ CHOSEN = (
     "int4_decode",
     "nearest_references",
     "reconstruct_and_attend",
+    "residuals",
     "score_leading",
     "unrotate",
     "vector_dequantize",
@@ -213,10 +215,23 @@ def nearest_references(
     references: torch.Tensor,
     num_visible: torch.Tensor,
     top_k: int,
+    places: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """See `kernels/reference/nearest_references.py`; every backend gives the same references."""
-    return _op("nearest_references", backend, tokens.device)(tokens, references, num_visible, top_k)
+    return _op("nearest_references", backend, tokens.device)(tokens, references, num_visible, top_k, places)
+
+
+def residuals(
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    references: torch.Tensor,
+    reference_idx: torch.Tensor,
+    prediction: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/residuals.py`; every backend gives the same numbers."""
+    return _op("residuals", backend, tokens.device)(tokens, places, references, reference_idx, prediction)
 
 
 def vector_quantize(

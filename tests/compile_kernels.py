@@ -24,6 +24,7 @@ from deltakv_hf.kernels.triton_ops import (
     lead_kernels,
     merge_kernels,
     nearest_references,
+    residuals,
     round_rows,
     score_leading,
     scoring,
@@ -52,7 +53,8 @@ ASSIGN |= integers("num_tokens num_components num_bytes first_group")
 PICK = {"table": "*i16", "codes": "*u8", "group_idx": "*i32"}
 PICK |= dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
 PICK |= integers("num_tokens num_bytes num_components num_coded")
-ROUND = {"codes": "*i8", "share": "fp32"} | integers("", "width room")
+ROUND = {"codes": "*i8", "share": "fp32", "places": "*i64"} | integers("num_rows num_places width", "room")
+LEFT = {"places": "*i64", "reference_idx": "*i16"} | integers("num_tokens num_places num_references width")
 SPLIT = {"parts": "*fp16"} | integers("", "width room")
 MULTIPLY = {"parts": "*fp16", "inverse": "*fp16"}
 MULTIPLY |= integers("num_tokens num_components", "stride width room")
@@ -115,7 +117,8 @@ def kernels(capability: int):
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
     for block, num_warps in ((2048, 4), (8192, 8)):
         options = {"num_warps": num_warps, "enable_fp_fusion": False}
-        yield round_rows.round_kernel, ROUND, {"BLOCK": block}, options
+        yield round_rows.round_kernel, ROUND, {"HAS_PLACES": block == 2048, "BLOCK": block}, options
+    yield residuals.residual_kernel, LEFT, {"BLOCK": residuals.BLOCK}, {"enable_fp_fusion": False}
     yield vector_dequantize.pick_kernel, PICK, dict(vector_dequantize.TILE), {}
     yield vector_quantize.vectors_kernel, ASSIGN, {}, {}
     for is_long in (False, True):

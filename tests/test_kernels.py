@@ -63,9 +63,45 @@ def test_nearest_references_are_those_of_the_reference(search, least_part):
     """Searched whole and in parts."""
     *tensors, top_k = search
     expected = dispatch.nearest_references(*tensors, top_k, backend="reference")
+    tokens, *others = (part.to(DEVICE) for part in tensors)
+    # the same tokens, picked out of more
+    places = 2 * torch.arange(tokens.shape[1], device=DEVICE).flip(0) + 1
+    more = tokens.new_full((tokens.shape[0], 2 * tokens.shape[1] + 3, tokens.shape[2]), torch.nan)
+    more[:, places] = tokens
     with setting("nearest_references", LEAST_PART=least_part):
-        found = dispatch.nearest_references(*(part.to(DEVICE) for part in tensors), top_k, backend="triton")
+        found = dispatch.nearest_references(tokens, *others, top_k, backend="triton")
+        picked = dispatch.nearest_references(more, *others, top_k, places, backend="triton")
     assert found.dtype == expected.dtype and torch.equal(found.cpu(), expected)
+    assert torch.equal(picked.cpu(), expected)
+    assert torch.equal(dispatch.nearest_references(more, *others, top_k, places, backend="reference").cpu(), expected)
+
+
+@given(
+    batch=st.integers(1, 3),
+    counts=st.tuples(st.integers(1, 40), st.integers(0, 40), st.integers(1, 300)),
+    width=st.sampled_from([1, 40, 1030]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20)
+def test_residuals_are_those_of_the_reference(batch, counts, width, seed):
+    generator, (num_tokens, num_places, num_references) = torch.Generator().manual_seed(seed), counts
+    tokens = torch.randn(batch, num_tokens, width, generator=generator)
+    references = torch.randn(batch, num_references, width, generator=generator)
+    references[:, ::5] = torch.nan
+    places = torch.randint(num_tokens, (num_places,), generator=generator)
+    idx = torch.randint(num_references, (batch, num_places, 1), generator=generator).to(torch.int16)
+    arguments = tokens, places, references, idx, torch.rand(width, generator=generator)
+    expected = dispatch.residuals(*arguments, backend="reference")
+    got = dispatch.residuals(*(part.to(DEVICE) for part in arguments), backend="triton")
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_residuals_of_more_references_than_a_signed_number_counts():
+    references = torch.arange(2**16).float()[None, :, None]
+    idx = torch.tensor([0, 2**15 - 1, 2**15, 2**16 - 1]).to(torch.int16)[None, :, None]
+    arguments = torch.zeros(1, 9, 1), torch.arange(4), references, idx, torch.ones(1)
+    got = dispatch.residuals(*(part.to(DEVICE) for part in arguments), backend="triton")
+    assert got.flatten().tolist() == [0, 1 - 2**15, -(2**15), 1 - 2**16]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 64, 65])

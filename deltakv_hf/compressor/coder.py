@@ -115,8 +115,17 @@ class ResidualCoder(Coder):
         """The inverse, float32: what residuals are taken against."""
 
     @abstractmethod
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Fields that stand with residuals but for `reference_idx`, of prepared tokens (may be overwritten)."""
+    def code_residuals(
+        self, tokens: torch.Tensor, places: torch.Tensor, references: torch.Tensor, idx: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Fields that stand with residuals but for `reference_idx`.
+
+        Args:
+            tokens: as prepared, `[batch, n, numbers]`.
+            places: `[m]` int64, which of them are no references.
+            references: as decoded, `[batch, num_references, numbers]`.
+            idx: `[batch, m, top_k]` int16, their references.
+        """
 
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
@@ -148,10 +157,9 @@ class ResidualCoder(Coder):
             span = lattice.span(first, last, references.device)
             coded = self.code_references(tokens.index_select(1, span.reference_offsets))
             references = torch.cat([references, self.read_references(*coded)], dim=1)
-            tokens = tokens.index_select(1, span.residual_offsets)
-            visible = span.num_visible.expand(tokens.shape[0], -1)
-            idx = dispatch.nearest_references(tokens, references, visible, self.top_k).to(torch.int16)
-            residual = self.code_residuals(tokens, dispatch.predict(references, idx))
+            visible, places = span.num_visible.expand(tokens.shape[0], -1), span.residual_offsets
+            idx = dispatch.nearest_references(tokens, references, visible, self.top_k, places).to(torch.int16)
+            residual = self.code_residuals(tokens, places, references, idx)
             parts.append(type(store)(*coded, *residual, idx))
         return store.write(type(store).join(parts), rows, num_references, start - num_references, room)
 

@@ -168,10 +168,12 @@ class TransformCompressor(ResidualCoder):
         """Components as decoded."""
         return self.transform.reference_codebook.decode(codes)
 
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor]:
+    def code_residuals(
+        self, tokens: torch.Tensor, places: torch.Tensor, references: torch.Tensor, idx: torch.Tensor
+    ) -> tuple[torch.Tensor]:
         """Codes."""
-        # multiplied before it is subtracted: a fused operation would round differently
-        return (self.transform.residual_codebook.encode(tokens.sub_(predicted.mul_(self.transform.prediction))),)
+        left = dispatch.residuals(tokens, places, references, idx, self.transform.prediction)
+        return (self.transform.residual_codebook.encode(left),)
 
     def references(self, store: TransformStore) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What all pieces of a read share.

@@ -169,7 +169,7 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
         return Timing(op, what, clock(run), size, flops, least)
 
     def search():
-        return dispatch.nearest_references(layer.tokens, references, layer.visible, 1, backend)
+        return dispatch.nearest_references(layer.tokens, references, layer.visible, 1, backend=backend)
 
     pairs = int(layer.visible.sum())
     size = layer.tokens.nbytes + references.nbytes

@@ -24,6 +24,7 @@ from .reconstruct_and_attend import (
     Vectors,
     reconstruct_and_attend,
 )
+from .residuals import residuals
 from .score import paired, score
 from .score_leading import score_leading
 from .unrotate import unrotate
@@ -62,6 +63,7 @@ __all__ = [
     "quantize",
     "reconstruct",
     "reconstruct_and_attend",
+    "residuals",
     "score",
     "score_leading",
     "unpack",

@@ -94,16 +94,21 @@ def nearest_kernel(
 
 
 def nearest_references(
-    tokens: torch.Tensor, references: torch.Tensor, num_visible: torch.Tensor, top_k: int
+    tokens: torch.Tensor,
+    references: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.nearest_references`."""
     batch, num_tokens, width = tokens.shape
+    num_tokens = num_tokens if places is None else len(places)
     num_references = references.shape[1]
     found = torch.zeros(top_k, batch, num_tokens, dtype=torch.int32, device=tokens.device)
     if num_tokens == 0:
         return found.permute(1, 2, 0).long()
     levels = num_levels(width)
-    codes, scales, _ = round_rows(tokens, levels, BLOCK_WIDTH)
+    codes, scales, _ = round_rows(tokens, levels, BLOCK_WIDTH, places)
     reference_codes, reference_scales, squares = round_rows(references, levels, BLOCK_WIDTH)
     distances = torch.empty(top_k, batch, num_tokens, dtype=torch.float32, device=tokens.device)
     visible = num_visible.expand(batch, -1).to(torch.int32).contiguous()
