@@ -48,7 +48,7 @@ def integers(names: str, whole: str = "") -> dict[str, str]:
 NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32", "known_found": "*i32"}
 NEAREST |= integers("num_tokens num_references part_size", "width")
 ASSIGN = {"table": "*i16", "codes": "*u8", "vectors": "*fp16"}
-ASSIGN |= dict.fromkeys("first_component first_entry first_block sizes byte_idx".split(), "*i32")
+ASSIGN |= dict.fromkeys("first_component first_entry first_place sizes byte_idx".split(), "*i32")
 ASSIGN |= integers("num_tokens num_components num_bytes first_group")
 PICK = {"table": "*i16", "codes": "*u8", "group_idx": "*i32"}
 PICK |= dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
@@ -120,10 +120,11 @@ def kernels(capability: int):
         yield round_rows.round_kernel, ROUND, {"HAS_PLACES": block == 2048, "BLOCK": block}, options
     yield residuals.residual_kernel, LEFT, {"BLOCK": residuals.BLOCK}, {"enable_fp_fusion": False}
     yield vector_dequantize.pick_kernel, PICK, dict(vector_dequantize.TILE), {}
-    yield vector_quantize.vectors_kernel, ASSIGN, {}, {}
-    for is_long in (False, True):
-        constants = {"IS_LONG": is_long} | vector_quantize.tile(capability, is_long)
-        yield vector_quantize.assign_kernel, ASSIGN, constants, {}
+    yield vector_quantize.vectors_kernel, ASSIGN, {"PLACES": 16}, {}
+    yield vector_quantize.assign_kernel, ASSIGN, vector_quantize.tile(capability), {}
+    for num_places in (32, 64, 128, vector_quantize.MOST_PLACES):
+        yield vector_quantize.vectors_kernel, ASSIGN, {"PLACES": num_places}, {}
+        yield vector_quantize.assign_long_kernel, ASSIGN, vector_quantize.long_tile(capability, num_places), {}
     for has_references in (True, False):
         constants = {"HAS_SLOTS": True, "HAS_REFERENCES": has_references}
         yield attend_kernels.decode_kernel, DECODE, constants | decoding.DECODE_TILE, {}
