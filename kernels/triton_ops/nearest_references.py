@@ -125,6 +125,8 @@ def nearest_references(
     for k in range(top_k):
         sizes = num_tokens, num_references, part_size, arguments[0].shape[-1]
         known = distances[max(k - 1, 0)], found[max(k - 1, 0)]
+        if parts == 1:
+            part_distances, part_found = distances[k], found[k]
         # a fused multiply-add would round distances differently from the reference
         nearest_kernel[(blocks, parts, batch)](
             *(*arguments, *known, part_distances, part_found, *sizes),
@@ -132,11 +134,14 @@ def nearest_references(
             **options,
             enable_fp_fusion=False,
         )
-        torch.amin(part_distances, 0, out=distances[k])
-        # the first of equals
-        torch.amin(torch.where(part_distances == distances[k], part_found, num_references), 0, out=found[k])
-    # fewer visible than wanted: repeat the nearest
-    return torch.where(distances.isfinite(), found, found[0]).permute(1, 2, 0).long()
+        if parts > 1:
+            torch.amin(part_distances, 0, out=distances[k])
+            # the first of equals
+            torch.amin(torch.where(part_distances == distances[k], part_found, num_references), 0, out=found[k])
+    if top_k > 1:
+        # fewer visible than wanted: repeat the nearest
+        found = torch.where(distances.isfinite(), found, found[0])
+    return found.permute(1, 2, 0).long()
 
 
 def tile(capability: int) -> dict[str, int]:
