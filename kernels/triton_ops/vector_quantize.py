@@ -18,7 +18,7 @@ from .capability import capability
 # places of a short vector, the least that tensor cores multiply. Of those of any vector 8 hold |c|^2 and the offset, in
 # two halves that products may be summed in one after the other, the others its numbers: those 8 are the odd ones of a
 # short vector, the last ones of a long one
-PLACES, CONSTANTS, STEP = tl.constexpr(16), tl.constexpr(CONSTANT_PLACES), tl.constexpr(OFFSET_STEP)
+SHORT_PLACES, CONSTANTS, STEP = tl.constexpr(16), tl.constexpr(CONSTANT_PLACES), tl.constexpr(OFFSET_STEP)
 # places of the longest vectors
 MOST_PLACES = 256
 # vectors that tokens are compared with at once
@@ -27,7 +27,7 @@ WIDTH = tl.constexpr(64)
 WHOLE = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_group"])
 def vectors_kernel(
     table,  # [entries] int16
     first_entry,  # [groups] int32
@@ -43,7 +43,7 @@ def vectors_kernel(
     table += tl.load(first_entry + group)
     row, place = tl.program_id(1) * 64 + tl.arange(0, 64)[:, None], tl.arange(0, PLACES)[None, :]
     is_number, number, idx = place < PLACES - CONSTANTS, place, place - (PLACES - CONSTANTS)
-    if PLACES == 2 * CONSTANTS:
+    if PLACES == SHORT_PLACES:
         is_number, number, idx = place % 2 == 0, place // 2, place // 2
     numbers = tl.load(table + row * size + number, mask=is_number & (number < size), other=0).to(tl.int32)
     square = tl.sum(numbers * numbers, 1)[:, None]
@@ -113,8 +113,10 @@ def assign_kernel(
     x += tl.load(first_component + group)
     vectors += tl.load(first_place + group).to(tl.int64) * 256
     # distances to all vectors at once would take all registers
-    first, second = read_vectors(vectors, 0, PLACES, WIDTH), read_vectors(vectors, WIDTH, PLACES, WIDTH)
-    third, fourth = read_vectors(vectors, 2 * WIDTH, PLACES, WIDTH), read_vectors(vectors, 3 * WIDTH, PLACES, WIDTH)
+    first = read_vectors(vectors, 0, SHORT_PLACES, WIDTH)
+    second = read_vectors(vectors, WIDTH, SHORT_PLACES, WIDTH)
+    third = read_vectors(vectors, 2 * WIDTH, SHORT_PLACES, WIDTH)
+    fourth = read_vectors(vectors, 3 * WIDTH, SHORT_PLACES, WIDTH)
     constants = factors(tl.arange(0, CONSTANTS)[None, :]).broadcast_to(BLOCK_TOKENS, CONSTANTS)
     begin = tl.program_id(1) * TOKENS
     for at in range(begin, tl.minimum(begin + TOKENS, num_tokens), BLOCK_TOKENS):
@@ -122,7 +124,7 @@ def assign_kernel(
         is_token = tokens < num_tokens
         own = read_numbers(x, tokens, is_token, size, num_components, scale, limit, CONSTANTS)
         # number, constant, number, ..
-        numbers = tl.join(own, constants).reshape(BLOCK_TOKENS, PLACES)
+        numbers = tl.join(own, constants).reshape(BLOCK_TOKENS, SHORT_PLACES)
         least = least_key(numbers, first, 0, WIDTH)
         least = tl.minimum(least, least_key(numbers, second, WIDTH, WIDTH))
         least = tl.minimum(least, least_key(numbers, third, 2 * WIDTH, WIDTH))
@@ -204,7 +206,7 @@ def vector_quantize(
     for first, count, num_places in groups.classes:
         kept = groups.table, groups.first_entry, groups.first_place, groups.size, groups.limit
         vectors_kernel[(count, 4)](*kept, vectors, first, PLACES=num_places)
-        is_short = num_places == PLACES.value
+        is_short = num_places == SHORT_PLACES.value
         shape = tile(card) if is_short else long_tile(card, num_places)
         kernel = assign_kernel if is_short else assign_long_kernel
         # groups of the same tokens run side by side: their numbers are neighbours
