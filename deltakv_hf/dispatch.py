@@ -49,6 +49,7 @@ __all__ = [
     "ValueMap",
     "Vectors",
     "analyse",
+    "analyse_states",
     "attend",
     "attend_blocks",
     "attend_many",
@@ -68,6 +69,7 @@ __all__ = [
     "quantize",
     "reconstruct",
     "reconstruct_and_attend",
+    "residuals",
     "score",
     "score_leading",
     "unrotate",
@@ -81,6 +83,7 @@ LEAST_CAPABILITY = (7, 5)
 # what a GPU does with Triton by itself (docs/kernels.md)
 CHOSEN = (
     "analyse",
+    "analyse_states",
     "attend",
     "attend_blocks",
     "block_directions",
@@ -89,6 +92,7 @@ CHOSEN = (
     "int4_decode",
     "nearest_references",
     "reconstruct_and_attend",
+    "residuals",
     "score_leading",
     "unrotate",
     "vector_dequantize",
@@ -105,6 +109,21 @@ def analyse(
 ) -> torch.Tensor:
     """See `kernels/reference/analyse.py`; backends differ in the order of sums, by a millionth of a token."""
     return _op("analyse", backend, tokens.device)(tokens, mean, weights, inverse)
+
+
+def analyse_states(
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    interleaved: bool,
+    mean: torch.Tensor,
+    weights: torch.Tensor,
+    inverse: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/analyse_states.py`; backends differ in the order of sums, by a millionth of a token."""
+    states = key_states, value_states, angles, interleaved
+    return _op("analyse_states", backend, key_states.device)(*states, mean, weights, inverse)
 
 
 def attend(
@@ -196,10 +215,23 @@ def nearest_references(
     references: torch.Tensor,
     num_visible: torch.Tensor,
     top_k: int,
+    places: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """See `kernels/reference/nearest_references.py`; every backend gives the same references."""
-    return _op("nearest_references", backend, tokens.device)(tokens, references, num_visible, top_k)
+    return _op("nearest_references", backend, tokens.device)(tokens, references, num_visible, top_k, places)
+
+
+def residuals(
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    references: torch.Tensor,
+    reference_idx: torch.Tensor,
+    prediction: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """See `kernels/reference/residuals.py`; every backend gives the same numbers."""
+    return _op("residuals", backend, tokens.device)(tokens, places, references, reference_idx, prediction)
 
 
 def vector_quantize(

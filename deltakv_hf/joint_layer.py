@@ -35,7 +35,7 @@ class JointLayer(DeltaKVLayer):
         self.plans = {}
 
     def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
-        if self.form is not None:
+        if self.form is not None or isinstance(self.compressor, CodedBlockCoder):
             return super()._join(keys, values, group, rows, start, stop)
         # as they are: what has more bits than float32 keeps them
         return torch.cat([part.transpose(1, 2).flatten(2) for part in (keys, values)], dim=-1)

@@ -19,7 +19,7 @@ from .layout import Crop, Flush, FlushGroup, Layout, Step
 from .lazy import lazy_pair
 from .ledger import TokenLedger
 from .reading import StateReader
-from .rope import RopeForm, RopeTables, unrotated_tokens
+from .rope import RopeForm, RopeTables
 from .selection import Selector
 from .state import LayerState, append, gather, pick_tokens, write_rows
 
@@ -241,7 +241,7 @@ class DeltaKVLayer(CacheLayerMixin):
         return self.compressor.append(store, group.rows, group.start, group.stop, read)
 
     def _join(self, keys, values, group: FlushGroup, rows, start: int, stop: int) -> torch.Tensor:
-        """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1` -> `[rows, n, width]` float32."""
+        """Raw `[rows, heads, n, head_dim]` of compressed tokens `start .. stop - 1`, as they are coded."""
         angles = None
         if self.form is not None:
             first = self.ledger.config.num_sink_tokens
@@ -250,7 +250,7 @@ class DeltaKVLayer(CacheLayerMixin):
                 angles = self.tables.rows(rows, first + start, first + stop)
             else:
                 angles = self.tables.gather(upload(columns, self.device), rows)
-        return unrotated_tokens(self.form, keys, values, angles)
+        return self.compressor.prepare(keys, values, angles, self.form is not None and self.form.is_interleaved)
 
     # -- what else the host asks of a layer ----------------------------------------------------------------------
 

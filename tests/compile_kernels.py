@@ -10,6 +10,7 @@ import torch
 import triton
 from deltakv_hf.kernels.triton_ops import (
     analyse,
+    analyse_states,
     attend,
     attend_blocks,
     attend_kernels,
@@ -24,6 +25,7 @@ from deltakv_hf.kernels.triton_ops import (
     lead_kernels,
     merge_kernels,
     nearest_references,
+    residuals,
     round_rows,
     score_leading,
     scoring,
@@ -47,15 +49,20 @@ def integers(names: str, whole: str = "") -> dict[str, str]:
 NEAREST = {"codes": "*i8", "reference_codes": "*i8", "num_visible": "*i32", "found": "*i32", "known_found": "*i32"}
 NEAREST |= integers("num_tokens num_references part_size", "width")
 ASSIGN = {"table": "*i16", "codes": "*u8", "vectors": "*fp16"}
-ASSIGN |= dict.fromkeys("first_component first_entry first_block sizes byte_idx".split(), "*i32")
+ASSIGN |= dict.fromkeys("first_component first_entry first_place sizes byte_idx".split(), "*i32")
 ASSIGN |= integers("num_tokens num_components num_bytes first_group")
 PICK = {"table": "*i16", "codes": "*u8", "group_idx": "*i32"}
 PICK |= dict.fromkeys("first_component first_entry sizes byte_idx".split(), "*i32")
 PICK |= integers("num_tokens num_bytes num_components num_coded")
-ROUND = {"codes": "*i8", "share": "fp32"} | integers("", "width room")
+ROUND = {"codes": "*i8", "share": "fp32", "places": "*i64"} | integers("num_rows num_places width", "room")
+LEFT = {"places": "*i64", "reference_idx": "*i16"} | integers("num_tokens num_places num_references width")
 SPLIT = {"parts": "*fp16"} | integers("", "width room")
 MULTIPLY = {"parts": "*fp16", "inverse": "*fp16"}
-MULTIPLY |= integers("num_tokens", "num_components width room")
+MULTIPLY |= integers("num_tokens num_components", "stride width room")
+CENTRE = {"keys": "*bf16", "values": "*bf16", "numbers": "*fp16"}
+CENTRE |= integers(
+    "num_tokens key_row value_row angle_row", "key_width value_width room key_head key_token value_head value_token"
+)
 UNROTATE = {"states": "*fp16"}
 UNROTATE |= integers("num_tokens heads row_stride angle_stride", "head_dim pairs head_stride token_stride width")
 HALVES = dict.fromkeys(("query", "components", "table", "key_map"), "*fp16")
@@ -101,19 +108,26 @@ def kernels(capability: int):
         constants = {"INTERLEAVED": interleaved, "BLOCK_TOKENS": unrotate.BLOCK_TOKENS, "BLOCK_DIM": 128}
         yield unrotate.unrotate_kernel, UNROTATE, constants, {"enable_fp_fusion": False}
     yield analyse.split_kernel, SPLIT, {"BLOCK_WIDTH": analyse.SPLIT_WIDTH}, {}
-    yield analyse.multiply_kernel, MULTIPLY, analyse.tile(capability), {}
+    for parts in (1, 2):
+        yield analyse.multiply_kernel, MULTIPLY, {"PARTS": parts} | analyse.tile(capability), {}
+    for interleaved, pairs, block in ((False, 64, 1024), (True, 48, 4096), (False, 0, 256)):
+        constants = {"KEY_DIM": 128, "VALUE_DIM": 96, "PAIRS": pairs, "INTERLEAVED": interleaved}
+        constants |= {"KEY_BLOCK": block, "VALUE_BLOCK": block, "num_warps": 4 if block < 4096 else 8}
+        yield analyse_states.centre_kernel, CENTRE, constants, {"enable_fp_fusion": False}
     for is_first in (True, False):
         constants = {"IS_FIRST": is_first, "IN_BYTES": capability >= 80}
         tile = nearest_references.tile(capability)
         yield nearest_references.nearest_kernel, NEAREST, constants | tile, {"enable_fp_fusion": False}
     for block, num_warps in ((2048, 4), (8192, 8)):
         options = {"num_warps": num_warps, "enable_fp_fusion": False}
-        yield round_rows.round_kernel, ROUND, {"BLOCK": block}, options
+        yield round_rows.round_kernel, ROUND, {"HAS_PLACES": block == 2048, "BLOCK": block}, options
+    yield residuals.residual_kernel, LEFT, {"BLOCK": residuals.BLOCK}, {"enable_fp_fusion": False}
     yield vector_dequantize.pick_kernel, PICK, dict(vector_dequantize.TILE), {}
-    yield vector_quantize.vectors_kernel, ASSIGN, {}, {}
-    for is_long in (False, True):
-        constants = {"IS_LONG": is_long} | vector_quantize.tile(capability, is_long)
-        yield vector_quantize.assign_kernel, ASSIGN, constants, {}
+    yield vector_quantize.vectors_kernel, ASSIGN, {"PLACES": 16}, {}
+    yield vector_quantize.assign_kernel, ASSIGN, vector_quantize.tile(capability), {}
+    for num_places in (32, 64, 128, vector_quantize.MOST_PLACES):
+        yield vector_quantize.vectors_kernel, ASSIGN, {"PLACES": num_places}, {}
+        yield vector_quantize.assign_long_kernel, ASSIGN, vector_quantize.long_tile(capability, num_places), {}
     for has_references, has_map in itertools.product((True, False), repeat=2):
         constants = {"HAS_SLOTS": True, "HAS_MAP": has_map, "HAS_REFERENCES": has_references}
         yield attend_kernels.decode_kernel, DECODE, constants | decoding.DECODE_TILE, {}

@@ -108,9 +108,14 @@ def append(coder, tokens, edges):
     """The store after tokens `[batch, n, width]` came in pieces that end at `edges`."""
     store, start = coder.empty(tokens.shape[0], tokens.device), 0
     for stop in [*edges, tokens.shape[1]]:
-        store = coder.append(store, None, start, stop, lambda a, b: tokens[:, a:b].clone())
+        store = coder.append(store, None, start, stop, lambda a, b: prepared(coder, tokens[:, a:b]))
         start = stop
     return store
+
+
+def prepared(coder, tokens):
+    """Tokens `[batch, n, width]` that stand joined, as they are coded: like keys of one head, not rotated."""
+    return coder.prepare(tokens[:, None], tokens[:, None, :, :0])
 
 
 def decode(coder, store, count):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from commands import assert_refused, run
+from compressors import append
 from families import BY_NAME, longrope
 from models import build, byte_llama, byte_tokenizer, new_model, tiny_model
 from safetensors import SafetensorError
@@ -169,10 +170,7 @@ def test_heads_of_different_groups_do_not_meet():
         # heads 2 and 3 of K and of V
         other[..., 16:32] += 1.0
         other[..., 64 + 16 : 64 + 32] -= 1.0
-        codes, changed = (
-            coder.append(coder.empty(1, x.device), None, 0, 30, lambda a, b, x=x: x[:, a:b].clone()).reference_codes
-            for x in (tokens, other)
-        )
+        codes, changed = (append(coder, x, []).reference_codes for x in (tokens, other))
         book = transform.reference_codebook
         groups = [
             start + size * place

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import full_inputs
 from models import SMALL, build, new_model, tiny_model
-from test_static import CHANGES, ROWS, WAYS, assert_close_but_for_codes, compiled, generated, go_on
+from test_static import CHANGES, ROWS, WAYS, assert_close_but_for_codes, compiled, generated, go_on, released
 from torch._dynamo.utils import counters
 
 from deltakv_hf import CacheStateError, DeltaKVCache, UnsupportedModelError
@@ -68,7 +68,10 @@ def assert_same_tokens(caches) -> None:
         if isinstance(layers[1], StaticWindowLayer):
             assert layers[0].get_seq_length() == layers[1].get_seq_length()
             for name in ("keys", "values"):
-                assert_close_but_for_codes(*(getattr(layer, name) for layer in reversed(layers)))
+                found, expected = (getattr(layer, name) for layer in reversed(layers))
+                rows = [row for row in range(len(found)) if row not in released(caches[0])]
+                if rows:
+                    assert_close_but_for_codes(found[rows], expected[rows])
 
 
 @pytest.fixture
@@ -174,7 +177,11 @@ def test_between_steps_it_is_a_growing_cache(way, window, steps):
     mask = filled(model, caches)
     for number, (change, length) in enumerate(steps):
         said = [go_on(model, cache, mask, [1, length, 1], number) for cache in caches]
-        assert_close_but_for_codes(*said)
+        # a row that was released reads anything
+        rows = [row for row in range(len(mask)) if row not in released(caches[0])]
+        if not rows:
+            return
+        assert_close_but_for_codes(*(logits[rows] for logits in said))
         mask = F.pad(mask, (0, length + 2), value=1)
         if change in ROWS and len(mask) != 2:
             continue
@@ -280,7 +287,7 @@ def test_what_is_reported_is_held():
     # the host's slices keep one token more alive
     assert 0.9 < report.dense_bytes / grown.memory_report().dense_bytes <= 1
     own = cache.layers[1]
-    room = [*rings, own.raw_keys, own.raw_values, *vars(own.room).values(), *cache._static.tensors()]
+    room = [*rings, own.raw_keys, own.raw_values, *vars(own.pool).values(), *cache._static.tensors()]
     room += [table for tables in cache._static.rooms for table in tables]
     room += [layer._sliding_window_tensor for layer in windows]
     assert report.stored_bytes == held_bytes(room + cache._ledger.tensors())

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compressors import TIGHT_WINDOW, append, decode, random_codebook, random_compressor, random_transform
-from deltakv_hf.kernels.reference import grid_limit, vector_dequantize, vector_quantize
+from deltakv_hf.kernels.reference import grid_limit, unrotate, vector_dequantize, vector_quantize
 from helpers import prompt
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +92,23 @@ def test_components_are_what_the_basis_says(splits):
     torch.testing.assert_close(transform.analyse(tokens), components, rtol=1e-3, atol=4e-3)
     # a split never looks at another's heads
     assert transform.inverse.ne(0).float().mean() <= 1 / splits
+
+
+@given(st.integers(1, 40), st.sampled_from([torch.float16, torch.bfloat16]), st.integers(0, 2**32 - 1))
+def test_components_of_16_bits_are_rounded_by_no_more_than_the_states_were(count, dtype, seed):
+    """And those of float32 are not; what a token's are depends on that token alone."""
+    coder, generator = compressor(), torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(2, 2, count, 8, generator=generator).to(dtype) for _ in range(2))
+    angle = torch.rand(2, count, 4, generator=generator)
+    angles = angle.cos(), angle.sin()
+    transform, got = coder.transform, coder.prepare(keys, values, angles)
+    exact = coder.prepare(keys.float(), values.float(), angles)
+    tokens = unrotate(keys, values, angles)
+    assert torch.equal(exact, transform.analyse(tokens))
+    moved = ((tokens - transform.mean) * transform.weights).abs() @ transform.inverse.float().abs()
+    assert ((got - exact).abs() <= 2**-11 * moved + 1e-6).all()
+    alone = coder.prepare(keys[1:, :, -1:], values[1:, :, -1:], tuple(part[1:, -1:] for part in angles))
+    assert torch.equal(alone, got[1:, -1:])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3-partial"])

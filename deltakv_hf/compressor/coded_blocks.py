@@ -79,6 +79,10 @@ class CodedBlockCoder(Coder):
         table, kind = store.block_table[rows], type(self.inner.empty(0, torch.device("meta")))
         return kind(**{name: getattr(store, name)[table].flatten(1, 2) for name in kind.names()})
 
+    def prepare(self, *states) -> torch.Tensor:
+        """See `Coder.prepare`."""
+        return self.inner.prepare(*states)
+
     def append(
         self,
         store: CodedBlocks,

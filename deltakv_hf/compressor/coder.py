@@ -47,13 +47,27 @@ class Coder(ABC):
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token."""
 
+    def prepare(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        interleaved: bool = False,
+    ) -> torch.Tensor:
+        """Tokens as they are coded, `[rows, n, numbers]` float32: here all heads joined and keys un-rotated.
+
+        Args:
+            keys, values, angles, interleaved: as of `dispatch.unrotate`.
+        """
+        return dispatch.unrotate(keys, values, angles, interleaved)
+
     @abstractmethod
     def append(self, store: TokenStore, rows: list[int] | None, start: int, stop: int, read) -> TokenStore:
         """Codes compressed tokens `start .. stop - 1` of `rows` and returns the longer store.
 
         Args:
             rows: row numbers, or None for all; each holds exactly `start` compressed tokens.
-            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, `[rows, b - a, width]` float32.
+            read: function `(a, b) -> x` of tokens `a .. b - 1` of these rows, as `prepare` gives them.
         """
 
     @abstractmethod
@@ -136,10 +150,6 @@ class ResidualCoder(RecordCoder):
 
     top_k: int
 
-    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[batch, n, width]` float32 as they are coded: themselves, or their components."""
-        return tokens
-
     @abstractmethod
     def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Fields of the store that stand with references, of prepared tokens `[batch, n, numbers]`."""
@@ -149,8 +159,17 @@ class ResidualCoder(RecordCoder):
         """The inverse, float32: what residuals are taken against."""
 
     @abstractmethod
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Fields that stand with residuals but for `reference_idx`, of prepared tokens (may be overwritten)."""
+    def code_residuals(
+        self, tokens: torch.Tensor, places: torch.Tensor, references: torch.Tensor, idx: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Fields that stand with residuals but for `reference_idx`.
+
+        Args:
+            tokens: as prepared, `[batch, n, numbers]`.
+            places: `[m]` int64, which of them are no references.
+            references: as decoded, `[batch, num_references, numbers]`.
+            idx: `[batch, m, top_k]` int16, their references.
+        """
 
     def bytes_per_token(self) -> float:
         """Stored bytes of a compressed token, references shared out over the tokens of a stride (growth left out)."""
@@ -176,7 +195,7 @@ class ResidualCoder(RecordCoder):
             references = self.read_references(*(getattr(held, name)[:, :num_references] for name in names))
         for first in range(start, stop, self.encode_tile):
             last = min(first + self.encode_tile, stop)
-            tokens = self.prepared(read(first, last))
+            tokens = read(first, last)
             if references is None:
                 # none is read back
                 coded = dict(zip(names, self.code_references(tokens), strict=True))
@@ -185,10 +204,9 @@ class ResidualCoder(RecordCoder):
             span = lattice.span(first, last, references.device)
             coded = self.code_references(tokens.index_select(1, span.reference_offsets))
             references = torch.cat([references, self.read_references(*coded)], dim=1)
-            tokens = tokens.index_select(1, span.residual_offsets)
-            visible = span.num_visible.expand(tokens.shape[0], -1)
-            idx = dispatch.nearest_references(tokens, references, visible, self.top_k).to(torch.int16)
-            residual = self.code_residuals(tokens, dispatch.predict(references, idx))
+            visible, places = span.num_visible.expand(tokens.shape[0], -1), span.residual_offsets
+            idx = dispatch.nearest_references(tokens, references, visible, self.top_k, places).to(torch.int16)
+            residual = self.code_residuals(tokens, places, references, idx)
             parts.append(type(held)(*coded, *residual, idx))
         return type(held).join(parts)
 

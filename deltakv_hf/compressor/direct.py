@@ -92,9 +92,12 @@ class DirectCompressor(ResidualCoder):
         """References as decoded."""
         return dispatch.dequantize(codes, levels, self.config.reference_nbits)
 
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def code_residuals(
+        self, tokens: torch.Tensor, places: torch.Tensor, references: torch.Tensor, idx: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and levels."""
-        return dispatch.quantize(tokens.sub_(predicted), self.config.nbits, self.group_size)
+        left = tokens.index_select(1, places).sub_(dispatch.predict(references, idx))
+        return dispatch.quantize(left, self.config.nbits, self.group_size)
 
     def references(self, store: DirectStore) -> torch.Tensor:
         """All references as decoded, `[batch, num_references, width]` float32."""

@@ -146,9 +146,11 @@ class LearnedCompressor(ResidualCoder):
         """What was kept."""
         return tokens.float()
 
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def code_residuals(
+        self, tokens: torch.Tensor, places: torch.Tensor, references: torch.Tensor, idx: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents and levels."""
-        learned = self.learned
+        learned, tokens, predicted = self.learned, tokens.index_select(1, places), dispatch.predict(references, idx)
         # in double precision: rounded to single, the result does not depend on the order that a shape brings with it
         latents = learned.delta(precise(tokens), precise(predicted)).float()
         if learned.latent_nbits:

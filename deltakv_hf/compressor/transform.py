@@ -148,9 +148,17 @@ class TransformCompressor(ResidualCoder):
             torch.empty(batch_size, num_residuals, 1, dtype=torch.int16, device=device),
         )
 
-    def prepared(self, tokens: torch.Tensor) -> torch.Tensor:
+    def prepare(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        interleaved: bool = False,
+    ) -> torch.Tensor:
         """Components."""
-        return self.transform.analyse(tokens)
+        transform = self.transform
+        states = keys, values, angles, interleaved
+        return dispatch.analyse_states(*states, transform.mean, transform.weights, transform.inverse)
 
     def code_references(self, tokens: torch.Tensor) -> tuple[torch.Tensor]:
         """Codes."""
@@ -160,10 +168,12 @@ class TransformCompressor(ResidualCoder):
         """Components as decoded."""
         return self.transform.reference_codebook.decode(codes)
 
-    def code_residuals(self, tokens: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor]:
+    def code_residuals(
+        self, tokens: torch.Tensor, places: torch.Tensor, references: torch.Tensor, idx: torch.Tensor
+    ) -> tuple[torch.Tensor]:
         """Codes."""
-        # multiplied before it is subtracted: a fused operation would round differently
-        return (self.transform.residual_codebook.encode(tokens.sub_(predicted.mul_(self.transform.prediction))),)
+        left = dispatch.residuals(tokens, places, references, idx, self.transform.prediction)
+        return (self.transform.residual_codebook.encode(left),)
 
     def references(self, store: TransformStore) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What all pieces of a read share.

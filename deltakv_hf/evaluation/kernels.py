@@ -169,7 +169,7 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
         return Timing(op, what, clock(run), size, flops, least)
 
     def search():
-        return dispatch.nearest_references(layer.tokens, references, layer.visible, 1, backend)
+        return dispatch.nearest_references(layer.tokens, references, layer.visible, 1, backend=backend)
 
     pairs = int(layer.visible.sum())
     size = layer.tokens.nbytes + references.nbytes
@@ -191,9 +191,24 @@ def _timings(clock: _Clock, layer: _Layer, rates: dict[str, float], backend: str
     size = layer.wide.nbytes + layer.inverse.nbytes + layer.tokens.nbytes
     yield timing("analyse", f"{n:,} tokens", analyse, size, 2 * layer.wide.numel() * layer.inverse.shape[1])
 
+    def states():
+        return dispatch.analyse_states(*layer.dense, turn, False, *layer.scaling, layer.inverse, backend=backend)
+
+    size = 2 * layer.dense[0].nbytes + layer.inverse.nbytes + layer.tokens.nbytes
+    yield timing("analyse_states", f"{n:,} tokens", states, size, 2 * layer.wide.numel() * layer.inverse.shape[1])
+    others = (torch.arange(n, device=layer.tokens.device) % REFERENCE_STRIDE).nonzero()[:, 0]
+    chosen = (layer.visible[:, others, None] - 1).to(torch.int16)
+
+    def residuals():
+        return dispatch.residuals(layer.tokens, others, references, chosen, layer.book.scale, backend)
+
+    size = 2 * layer.tokens[0, others].nbytes + references.nbytes
+    yield timing("residuals", f"{len(others):,} of {n:,} tokens", residuals, size, 0)
+
     def quantize():
         return dispatch.vector_quantize(layer.tokens, book.starts, book.tables, book.steps, book.groups, backend)
 
+    size = layer.tokens.nbytes + layer.codes.nbytes
     yield timing("vector_quantize", f"{n:,} tokens", quantize, size, 2 * 256 * components * n)
 
     half_query = layer.query.to(layer.dense[0].dtype)

@@ -4,6 +4,7 @@ Each op here is readable, runs on any device and decides what is right; `triton_
 """
 
 from .analyse import analyse
+from .analyse_states import analyse_states
 from .attend import Attended, attend, attend_many, weigh
 from .attend_blocks import Fusion, attend_blocks
 from .block_directions import block_directions
@@ -23,6 +24,7 @@ from .reconstruct_and_attend import (
     Vectors,
     reconstruct_and_attend,
 )
+from .residuals import residuals
 from .score import paired, score
 from .score_leading import score_leading
 from .unrotate import unrotate
@@ -40,6 +42,7 @@ __all__ = [
     "ValueMap",
     "Vectors",
     "analyse",
+    "analyse_states",
     "attend",
     "attend_blocks",
     "block_directions",
@@ -60,6 +63,7 @@ __all__ = [
     "quantize",
     "reconstruct",
     "reconstruct_and_attend",
+    "residuals",
     "score",
     "score_leading",
     "unpack",

@@ -15,20 +15,26 @@ REFERENCE_TILE = 1024
 
 
 def nearest_references(
-    tokens: torch.Tensor, references: torch.Tensor, num_visible: torch.Tensor, top_k: int
+    tokens: torch.Tensor,
+    references: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Finds for each token the `top_k` nearest of the references that it may use.
 
     Args:
-        tokens: `[batch, num_tokens, width]` float32.
+        tokens: `[batch, num_tokens, width]` float32; with `places` any number of them.
         references: `[batch, num_references, width]` float32.
         num_visible: `[batch, num_tokens]` integer; token `t` may use references `0 .. num_visible[t] - 1`. At least
             one; where fewer than `top_k` are visible the nearest is repeated.
         top_k: references per token.
+        places: `[num_tokens]` int64, which of `tokens` are meant; None: all.
 
     Returns:
         `[batch, num_tokens, top_k]` int64, nearest first; among equals the earlier reference wins.
     """
+    tokens = tokens if places is None else tokens.index_select(1, places)
     # autocast would round the integer sums to 16 bits
     with torch.autocast(tokens.device.type, enabled=False):
         return _search(tokens, references, num_visible, top_k)

@@ -14,8 +14,8 @@ import torch
 
 # tokens searched at once, on a GPU more; a distance is kept for each of 256 vectors of every group
 TOKEN_TILE = {"cpu": 512, "cuda": 4096}
-# numbers that a kernel multiplies at once, of its blocks after the first twice as many
-SHORT = 8
+# places of a vector that a kernel multiplies which are not for its numbers
+CONSTANT_PLACES = 8
 # a kernel moves distances up by 2**23 + size * limit**2, made a whole number of these
 OFFSET_STEP = 8192
 
@@ -34,9 +34,9 @@ class Groups(NamedTuple):
         first_component, first_entry, size, byte_idx: `[groups]` int32.
         step, limit: `[groups]` float32, the grid's.
         group_idx: `[components up to the last coded]` int32, the group of each component; -1 where there is none.
-        first_block: `[groups]` int32, the first of a group's blocks, in each of which a kernel multiplies 16 places.
-        num_blocks: of all groups.
-        classes: first group, number of groups, and whether their vectors have more than `SHORT` numbers.
+        first_place: `[groups]` int32, places of a vector of all groups before.
+        num_places: of all groups.
+        classes: first group, number of groups, and places of a vector that a kernel multiplies: 16, 32, 64, ..
         is_near: whether every point of every grid has a vector so near that a kernel's distance to it is exact.
     """
 
@@ -48,9 +48,9 @@ class Groups(NamedTuple):
     step: torch.Tensor
     limit: torch.Tensor
     group_idx: torch.Tensor
-    first_block: torch.Tensor
-    num_blocks: int
-    classes: list[tuple[int, int, bool]]
+    first_place: torch.Tensor
+    num_places: int
+    classes: list[tuple[int, int, int]]
     is_near: bool
 
 
@@ -61,12 +61,12 @@ def group_runs(starts: list[int], tables: list[torch.Tensor], steps: list[torch.
         groups, _, size = table.shape
         for group in range(groups):
             place = start + group * size, entry + group * 256 * size
-            rows.append((size > SHORT, *place, size, byte + group, grid_limit(size)))
+            rows.append((_num_places(size), *place, size, byte + group, grid_limit(size)))
         entry, byte = entry + table.numel(), byte + groups
     rows.sort()
     classes, place = [], 0
-    for is_long, members in groupby(rows, lambda row: row[0]):
-        classes.append((place, len(list(members)), is_long))
+    for num_places, members in groupby(rows, lambda row: row[0]):
+        classes.append((place, len(list(members)), num_places))
         place += classes[-1][1]
     device = steps[0].device if steps else None
     columns = torch.tensor(rows, dtype=torch.int32).view(-1, 6)[:, 1:].T.contiguous().to(device)
@@ -76,12 +76,17 @@ def group_runs(starts: list[int], tables: list[torch.Tensor], steps: list[torch.
     group_idx = torch.full((max((row[1] + row[3] for row in rows), default=0),), -1, dtype=torch.int32)
     for group, row in enumerate(rows):
         group_idx[row[1] : row[1] + row[3]] = group
-    num_blocks = torch.tensor([1 + -(-max(0, row[3] - SHORT) // (2 * SHORT)) for row in rows], dtype=torch.int32)
-    first_block = (num_blocks.cumsum(0) - num_blocks).int().to(device)
+    num_places = torch.tensor([row[0] for row in rows], dtype=torch.int32)
+    first_place = (num_places.cumsum(0) - num_places).int().to(device)
     return Groups(
-        *(table, *columns[:4], step, limits.float(), group_idx.to(device), first_block, int(num_blocks.sum())),
+        *(table, *columns[:4], step, limits.float(), group_idx.to(device), first_place, int(num_places.sum())),
         *(classes, all(map(_is_near, tables))),
     )
+
+
+def _num_places(size: int) -> int:
+    """Of a vector of `size` numbers, as many as one kernel takes of many sizes."""
+    return max(16, 1 << (size + CONSTANT_PLACES - 1).bit_length())
 
 
 def _is_near(table: torch.Tensor) -> bool:

@@ -94,16 +94,21 @@ def nearest_kernel(
 
 
 def nearest_references(
-    tokens: torch.Tensor, references: torch.Tensor, num_visible: torch.Tensor, top_k: int
+    tokens: torch.Tensor,
+    references: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.nearest_references`."""
     batch, num_tokens, width = tokens.shape
+    num_tokens = num_tokens if places is None else len(places)
     num_references = references.shape[1]
     found = torch.zeros(top_k, batch, num_tokens, dtype=torch.int32, device=tokens.device)
     if num_tokens == 0:
         return found.permute(1, 2, 0).long()
     levels = num_levels(width)
-    codes, scales, _ = round_rows(tokens, levels, BLOCK_WIDTH)
+    codes, scales, _ = round_rows(tokens, levels, BLOCK_WIDTH, places)
     reference_codes, reference_scales, squares = round_rows(references, levels, BLOCK_WIDTH)
     distances = torch.empty(top_k, batch, num_tokens, dtype=torch.float32, device=tokens.device)
     visible = num_visible.expand(batch, -1).to(torch.int32).contiguous()
@@ -120,6 +125,8 @@ def nearest_references(
     for k in range(top_k):
         sizes = num_tokens, num_references, part_size, arguments[0].shape[-1]
         known = distances[max(k - 1, 0)], found[max(k - 1, 0)]
+        if parts == 1:
+            part_distances, part_found = distances[k], found[k]
         # a fused multiply-add would round distances differently from the reference
         nearest_kernel[(blocks, parts, batch)](
             *(*arguments, *known, part_distances, part_found, *sizes),
@@ -127,11 +134,14 @@ def nearest_references(
             **options,
             enable_fp_fusion=False,
         )
-        torch.amin(part_distances, 0, out=distances[k])
-        # the first of equals
-        torch.amin(torch.where(part_distances == distances[k], part_found, num_references), 0, out=found[k])
-    # fewer visible than wanted: repeat the nearest
-    return torch.where(distances.isfinite(), found, found[0]).permute(1, 2, 0).long()
+        if parts > 1:
+            torch.amin(part_distances, 0, out=distances[k])
+            # the first of equals
+            torch.amin(torch.where(part_distances == distances[k], part_found, num_references), 0, out=found[k])
+    if top_k > 1:
+        # fewer visible than wanted: repeat the nearest
+        found = torch.where(distances.isfinite(), found, found[0])
+    return found.permute(1, 2, 0).long()
 
 
 def tile(capability: int) -> dict[str, int]:

@@ -12,59 +12,59 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from ..reference.vector_quantize import OFFSET_STEP, SHORT, Groups, group_runs
+from ..reference.vector_quantize import CONSTANT_PLACES, OFFSET_STEP, Groups, group_runs
 from .capability import capability
 
-# places of a block, the least that tensor cores multiply at once; the even ones of a group's first block hold numbers,
-# the odd ones |c|^2 and the offset, in two halves that products may be summed in one after the other
-PLACES, OWN, STEP = tl.constexpr(16), tl.constexpr(SHORT), tl.constexpr(OFFSET_STEP)
+# places of a short vector, the least that tensor cores multiply. Of those of any vector 8 hold |c|^2 and the offset, in
+# two halves that products may be summed in one after the other, the others its numbers: those 8 are the odd ones of a
+# short vector, the last ones of a long one
+SHORT_PLACES, CONSTANTS, STEP = tl.constexpr(16), tl.constexpr(CONSTANT_PLACES), tl.constexpr(OFFSET_STEP)
+# places of the longest vectors
+MOST_PLACES = 256
 # vectors that tokens are compared with at once
 WIDTH = tl.constexpr(64)
 # 1.5 * 2**23: a float32 of that size has no fraction
 WHOLE = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_group"])
 def vectors_kernel(
     table,  # [entries] int16
     first_entry,  # [groups] int32
-    first_block,  # [groups] int32
+    first_place,  # [groups] int32
     sizes,  # [groups] int32
     limits,  # [groups] float32
-    vectors,  # [blocks, 256, PLACES] float16: of each group one block or more
+    vectors,  # float16: of each group [256, its places]
+    first_group,
+    PLACES: tl.constexpr,
 ):
-    group = tl.program_id(0)
+    group = first_group + tl.program_id(0)
     size, limit = tl.load(sizes + group), tl.load(limits + group)
     table += tl.load(first_entry + group)
-    row, place = tl.arange(0, 256)[:, None], tl.arange(0, PLACES)[None, :]
-    vectors += tl.load(first_block + group).to(tl.int64) * 256 * PLACES + row * PLACES + place
-    idx = place // 2
-    is_number = (place % 2 == 0) & (idx < size)
-    numbers = tl.load(table + row * size + idx, mask=is_number, other=0).to(tl.int32)
-    square = tl.sum(numbers * numbers, 1)
-    for first in range(OWN, size, PLACES):
-        more = tl.load(table + row * size + first + place, mask=first + place < size, other=0).to(tl.int32)
-        square += tl.sum(more * more, 1)
-        tl.store(vectors + ((first - OWN) // PLACES + 1) * 256 * PLACES, more.to(tl.float16))
-    # in digits that float16 holds; `constant_places` says what they are multiplied by
-    square, offset = square[:, None], 1024 + (size * limit * limit / STEP).to(tl.int32) + 1
+    row, place = tl.program_id(1) * 64 + tl.arange(0, 64)[:, None], tl.arange(0, PLACES)[None, :]
+    is_number, number, idx = place < PLACES - CONSTANTS, place, place - (PLACES - CONSTANTS)
+    if PLACES == SHORT_PLACES:
+        is_number, number, idx = place % 2 == 0, place // 2, place // 2
+    numbers = tl.load(table + row * size + number, mask=is_number & (number < size), other=0).to(tl.int32)
+    square = tl.sum(numbers * numbers, 1)[:, None]
+    # in digits that float16 holds; `factors` says what they are multiplied by
+    offset = 1024 + (size * limit * limit / STEP).to(tl.int32) + 1
     digit = tl.where(idx == 0, square >> 20 << 10, tl.where(idx == 1, square >> 10 & 1023, square & 1023))
     digit = tl.where(idx < 3, digit, tl.where(idx == 4, offset * (STEP // 1024), 0))
-    tl.store(vectors, tl.where(place % 2 == 0, numbers, digit).to(tl.float16))
+    vectors += tl.load(first_place + group).to(tl.int64) * 256 + row * PLACES + place
+    tl.store(vectors, tl.where(is_number, numbers, digit).to(tl.float16))
 
 
 @triton.jit
-def constant_places(BLOCK_TOKENS: tl.constexpr):
-    """What stands at the odd places of a token, `[BLOCK_TOKENS, OWN]` float16."""
-    idx = tl.arange(0, OWN)[None, :]
-    factor = tl.where(idx == 2, 1.0, tl.where(idx < 5, 1024.0, 0.0)).to(tl.float16)
-    return factor.broadcast_to(BLOCK_TOKENS, OWN)
+def factors(idx):
+    """What stands at the constant places of a token."""
+    return tl.where(idx == 2, 1.0, tl.where(idx < 5, 1024.0, 0.0)).to(tl.float16)
 
 
 @triton.jit
-def read_numbers(x, tokens, is_token, first, size, stride, scale, limit, WIDTH: tl.constexpr):
-    """Numbers `first ..` of tokens on the grid, times -2, `[tokens, WIDTH]` float16."""
-    place = first + tl.arange(0, WIDTH)[None, :]
+def read_numbers(x, tokens, is_token, size, stride, scale, limit, WIDTH: tl.constexpr):
+    """Numbers of tokens on the grid, times -2, `[tokens, WIDTH]` float16."""
+    place = tl.arange(0, WIDTH)[None, :]
     number = tl.load(x + tokens[:, None] * stride + place, mask=is_token[:, None] & (place < size), other=0.0)
     # a GPU clamps NaN to a limit
     clamped = tl.minimum(tl.maximum(number * scale, -limit), limit)
@@ -74,32 +74,27 @@ def read_numbers(x, tokens, is_token, first, size, stride, scale, limit, WIDTH: 
 
 
 @triton.jit
-def read_vectors(vectors, first):
-    """A block of `WIDTH` vectors from `first` on, `[PLACES, WIDTH]` float16."""
+def read_vectors(vectors, first, PLACES: tl.constexpr, WIDTH: tl.constexpr):
+    """`WIDTH` vectors from `first` on, `[PLACES, WIDTH]` float16."""
     row, place = first + tl.arange(0, WIDTH)[None, :], tl.arange(0, PLACES)[:, None]
     return tl.load(vectors + row * PLACES + place)
 
 
 @triton.jit
-def least_key(numbers, held, first, vectors, x, tokens, is_token, size, stride, scale, limit, IS_LONG: tl.constexpr):
-    """Of tokens and `WIDTH` vectors from `first` on, whose first block is `held`."""
+def least_key(numbers, held, first, WIDTH: tl.constexpr):
+    """Of tokens and `WIDTH` vectors from `first` on, which are `held`."""
     distance = tl.dot(numbers, held)
-    if IS_LONG:
-        for start in range(OWN, size, PLACES):
-            vectors += 256 * PLACES
-            more = read_numbers(x, tokens, is_token, start, size, stride, scale, limit, PLACES)
-            distance = tl.dot(more, read_vectors(vectors, first), distance)
     number = first + tl.arange(0, WIDTH)[None, :]
     return tl.min((distance.to(tl.uint32, bitcast=True) << 8) + number.to(tl.uint32), 1)
 
 
-# one kernel for vectors of all sizes: compiling takes longer than a prompt
+# one kernel for vectors of many sizes: compiling takes longer than a prompt
 @triton.jit(do_not_specialize=["num_tokens", "num_components", "num_bytes", "first_group"])
 def assign_kernel(
     x,  # [tokens, components] float32
-    vectors,  # [blocks, 256, PLACES] float16, what `vectors_kernel` wrote
+    vectors,  # float16, what `vectors_kernel` wrote
     first_component,  # [groups] int32
-    first_block,  # [groups] int32
+    first_place,  # [groups] int32
     sizes,  # [groups] int32
     byte_idx,  # [groups] int32
     steps,  # [groups] float32
@@ -109,7 +104,6 @@ def assign_kernel(
     num_components,
     num_bytes,
     first_group,
-    IS_LONG: tl.constexpr,  # vectors have more numbers than OWN
     TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
@@ -117,35 +111,80 @@ def assign_kernel(
     scale, limit = tl.div_rn(1.0, tl.load(steps + group)), tl.load(limits + group)
     size, byte = tl.load(sizes + group), tl.load(byte_idx + group)
     x += tl.load(first_component + group)
-    vectors += tl.load(first_block + group).to(tl.int64) * 256 * PLACES
+    vectors += tl.load(first_place + group).to(tl.int64) * 256
     # distances to all vectors at once would take all registers
-    first, second = read_vectors(vectors, 0), read_vectors(vectors, WIDTH)
-    third, fourth = read_vectors(vectors, 2 * WIDTH), read_vectors(vectors, 3 * WIDTH)
-    constants = constant_places(BLOCK_TOKENS)
+    first = read_vectors(vectors, 0, SHORT_PLACES, WIDTH)
+    second = read_vectors(vectors, WIDTH, SHORT_PLACES, WIDTH)
+    third = read_vectors(vectors, 2 * WIDTH, SHORT_PLACES, WIDTH)
+    fourth = read_vectors(vectors, 3 * WIDTH, SHORT_PLACES, WIDTH)
+    constants = factors(tl.arange(0, CONSTANTS)[None, :]).broadcast_to(BLOCK_TOKENS, CONSTANTS)
     begin = tl.program_id(1) * TOKENS
     for at in range(begin, tl.minimum(begin + TOKENS, num_tokens), BLOCK_TOKENS):
         tokens = (at + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
         is_token = tokens < num_tokens
-        own = read_numbers(x, tokens, is_token, 0, size, num_components, scale, limit, OWN)
+        own = read_numbers(x, tokens, is_token, size, num_components, scale, limit, CONSTANTS)
         # number, constant, number, ..
-        numbers = tl.join(own, constants).reshape(BLOCK_TOKENS, PLACES)
-        rest = vectors, x, tokens, is_token, size, num_components, scale, limit, IS_LONG
-        least = least_key(numbers, first, 0, *rest)
-        least = tl.minimum(least, least_key(numbers, second, WIDTH, *rest))
-        least = tl.minimum(least, least_key(numbers, third, 2 * WIDTH, *rest))
-        least = tl.minimum(least, least_key(numbers, fourth, 3 * WIDTH, *rest))
+        numbers = tl.join(own, constants).reshape(BLOCK_TOKENS, SHORT_PLACES)
+        least = least_key(numbers, first, 0, WIDTH)
+        least = tl.minimum(least, least_key(numbers, second, WIDTH, WIDTH))
+        least = tl.minimum(least, least_key(numbers, third, 2 * WIDTH, WIDTH))
+        least = tl.minimum(least, least_key(numbers, fourth, 3 * WIDTH, WIDTH))
         # a token with NaN has equal keys but for the numbers: 0, as in the reference
         code = least & 255
         tl.store(codes + tokens * num_bytes + byte, code.to(tl.uint8), mask=is_token)
 
 
-def tile(capability: int, is_long: bool) -> dict[str, int]:
-    """Tokens of a program and of a tile, for a card of that compute capability and vectors of more numbers than OWN."""
-    if capability == 90 and not is_long:
+@triton.jit(do_not_specialize=["num_tokens", "num_components", "num_bytes", "first_group"])
+def assign_long_kernel(
+    x,  # as of `assign_kernel`
+    vectors,
+    first_component,
+    first_place,
+    sizes,
+    byte_idx,
+    steps,
+    limits,
+    codes,
+    num_tokens,
+    num_components,
+    num_bytes,
+    first_group,
+    PLACES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    group = first_group + tl.program_id(0)
+    scale, limit = tl.div_rn(1.0, tl.load(steps + group)), tl.load(limits + group)
+    size, byte = tl.load(sizes + group), tl.load(byte_idx + group)
+    x += tl.load(first_component + group)
+    vectors += tl.load(first_place + group).to(tl.int64) * 256
+    tokens = (tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
+    is_token = tokens < num_tokens
+    numbers = read_numbers(x, tokens, is_token, size, num_components, scale, limit, PLACES)
+    place = tl.arange(0, PLACES)[None, :] - (PLACES - CONSTANTS)
+    numbers = tl.where(place < 0, numbers, factors(place))
+    least = tl.full([BLOCK_TOKENS], 0xFFFFFFFF, tl.uint32)
+    for first in range(0, 256, WIDTH):
+        held = read_vectors(vectors, first, PLACES, WIDTH)
+        least = tl.minimum(least, least_key(numbers, held, first, WIDTH))
+    code = least & 255
+    tl.store(codes + tokens * num_bytes + byte, code.to(tl.uint8), mask=is_token)
+
+
+def tile(capability: int) -> dict[str, int]:
+    """Tokens of a program and of a tile of short vectors, for a card of that compute capability."""
+    if capability == 90:
         # products of four warps, from shared memory
         return {"TOKENS": 512, "BLOCK_TOKENS": 128, "num_warps": 4, "num_stages": 1}
-    # long vectors are few: shorter programs keep all processors busy
-    return {"TOKENS": 64 if is_long else 512, "BLOCK_TOKENS": 16, "num_warps": 1}
+    return {"TOKENS": 512, "BLOCK_TOKENS": 16, "num_warps": 1}
+
+
+def long_tile(capability: int, num_places: int) -> dict[str, int]:
+    """Tokens and vectors of a tile of long vectors of so many places."""
+    tokens, width = 64 if capability >= 80 else 32, min(64, 4096 // num_places)
+    if capability == 90 and num_places <= 64:
+        tokens = 128
+    return {"PLACES": num_places, "BLOCK_TOKENS": tokens, "WIDTH": width, "num_warps": 4, "num_stages": 2}
 
 
 def vector_quantize(
@@ -157,22 +196,23 @@ def vector_quantize(
 ) -> torch.Tensor:
     """See `reference.vector_quantize`."""
     x, groups = x.contiguous(), group_runs(starts, tables, steps) if groups is None else groups
-    if not groups.is_near:
+    if not groups.is_near or any(num_places > MOST_PLACES for *_, num_places in groups.classes):
         return reference.vector_quantize(x, starts, tables, steps, groups)
     num_tokens, num_groups = x.shape[0] * x.shape[1], len(groups.size)
     codes = x.new_empty(*x.shape[:2], num_groups, dtype=torch.uint8)
     if not num_tokens or not num_groups:
         return codes
-    vectors = x.new_empty(groups.num_blocks, 256, PLACES.value, dtype=torch.float16)
-    places = groups.table, groups.first_entry, groups.first_block, groups.size, groups.limit
-    vectors_kernel[(num_groups,)](*places, vectors)
-    for first, count, is_long in groups.classes:
-        shape = tile(capability(x.device), is_long)
+    vectors, card = x.new_empty(256 * groups.num_places, dtype=torch.float16), capability(x.device)
+    for first, count, num_places in groups.classes:
+        kept = groups.table, groups.first_entry, groups.first_place, groups.size, groups.limit
+        vectors_kernel[(count, 4)](*kept, vectors, first, PLACES=num_places)
+        is_short = num_places == SHORT_PLACES.value
+        shape = tile(card) if is_short else long_tile(card, num_places)
+        kernel = assign_kernel if is_short else assign_long_kernel
         # groups of the same tokens run side by side: their numbers are neighbours
-        assign_kernel[(count, triton.cdiv(num_tokens, shape["TOKENS"]))](
-            *(x, vectors, groups.first_component, groups.first_block, groups.size, groups.byte_idx),
+        kernel[(count, triton.cdiv(num_tokens, shape["TOKENS" if is_short else "BLOCK_TOKENS"]))](
+            *(x, vectors, groups.first_component, groups.first_place, groups.size, groups.byte_idx),
             *(groups.step, groups.limit, codes, num_tokens, x.shape[-1], num_groups, first),
-            IS_LONG=is_long,
             **shape,
         )
     return codes
