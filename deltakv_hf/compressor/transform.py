@@ -124,7 +124,7 @@ class TransformCompressor(ResidualCoder):
         self.lattice, self.top_k = Lattice(transform.reference_stride), 1
         if transform.mean.device.type == "cuda":
             # fewer do not keep all processors busy
-            self.encode_tile = 8192
+            self.encode_tile = 16384
 
     @property
     def code_bytes(self) -> int:
