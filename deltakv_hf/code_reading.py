@@ -113,8 +113,9 @@ class CodeReader:
         reference_offsets, residual_offsets = self._offsets()
         yield Kind(True, reference_codes, reference, None, reference_offsets)
         if count > num_references:
-            codes = store.residual_codes[:, : count - num_references]
-            references = dispatch.References(reference_codes, store.reference_idx[..., 0], *residual.added)
+            # the store of a batch that has lost its longest row is wider
+            codes, idx = (part[:, : count - num_references] for part in (store.residual_codes, store.reference_idx))
+            references = dispatch.References(reference_codes, idx[..., 0], *residual.added)
             yield Kind(False, codes, residual, references, residual_offsets)
 
     def _offsets(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -236,6 +236,20 @@ def test_between_steps_it_is_a_growing_cache(way, padded, steps):
                     assert_close_but_for_codes(states[rows], expected[rows])
 
 
+@pytest.mark.parametrize("size", [None, 160], ids=["growing", "fixed"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "filter"])
+def test_a_batch_may_lose_its_longest_row(way, size):
+    """What is held for it is wider than what the others need."""
+    model, inputs = model_of("llama"), inputs_of(True)
+    mask, said = inputs["attention_mask"], []
+    for rows in ([0, 1], [1]):
+        cache = DeltaKVCache(model, max_cache_len=size, **WAYS[way](model))
+        model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor(rows))
+        said.append(go_on(model, cache, mask[rows], [1, 1, 9, 1], 4)[-1:])
+    assert_close_but_for_codes(*said)
+
+
 @pytest.mark.parametrize("to", [None, 100])
 def test_a_saved_cache_goes_on_in_any_size(tmp_path, to):
     model, inputs = model_of("llama"), inputs_of(True)
