@@ -9,7 +9,7 @@ OLDEST := .oldest
 # what a change of the host can break: logits, padding, batch operations, errors, hooks, files, the contract
 OLDEST_TESTS := $(addprefix tests/test_, attach.py attention.py base_model.py batch_ops.py calibration_capture.py \
 	benchmarks.py compatibility.py conversion.py crop.py default_cache.py errors.py generation.py host_contract.py host_questions.py hub.py lazy.py lossless.py \
-	model_card.py padding.py saving.py state.py static.py static_sliding.py suite.py task_scores.py)
+	model_card.py padding.py pool.py saving.py state.py static.py static_sliding.py suite.py task_scores.py)
 
 .PHONY: help demo test test-oldest docs figures compatibility notebooks reference style format clean
 .DEFAULT_GOAL := help

@@ -199,6 +199,9 @@ class StaticLayer(DeltaKVLayer):
 
     def _make_pool(self, table: BlockTable) -> None:
         """Makes the pool as large as `table` says; what it holds stays."""
+        if self.pool is not None and getattr(self.pool, self.pool.names()[0]).device != self.device:
+            # the model has moved since the last reset
+            self.pool, self._num_blocks = None, 0
         if self.pool is not None and table.num_blocks <= self._num_blocks:
             return
         before, self._num_blocks = self.pool, table.num_blocks
