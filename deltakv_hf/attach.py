@@ -111,14 +111,20 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Hook of the model and its text decoder: tells the cache the padding mask of the coming forward."""
+def note_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Hook of the model and its text decoder: tells the cache the padding mask of the coming forward.
+
+    The cache may answer with a mask that the model is to be given instead.
+    """
     given = _named(module, args, kwargs)
     cache = given.get("past_key_values")
     if hasattr(cache, "note_forward"):
         names = ("attention_mask", "input_ids", "use_cache", "position_ids")
         is_text = not any(torch.is_tensor(value) for name, value in given.items() if name not in TEXT)
-        cache.note_forward(module, *(given.get(name) for name in names), is_text)
+        mask = cache.note_forward(module, *(given.get(name) for name in names), is_text)
+        if mask is not None and "attention_mask" in kwargs:
+            return args, kwargs | {"attention_mask": mask}
+    return None
 
 
 def hand_tables(module: nn.Module, args: tuple, kwargs: dict) -> None:

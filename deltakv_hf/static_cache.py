@@ -81,11 +81,19 @@ class StaticModelCache(ModelCache):
 
     def note_forward(
         self, module: nn.Module, attention_mask: object, input_ids: torch.Tensor | None = None, *args, **kwargs
-    ) -> None:
-        """See `ModelCache.note_forward`; in what is compiled nothing is noted."""
+    ) -> torch.Tensor | None:
+        """See `ModelCache.note_forward`; in what is compiled nothing is noted.
+
+        Returns:
+            Of a compiled step's mask `[batch, columns]` the newest column, for the model to make its masks of.
+        """
         if self._static is None:
             super().note_forward(module, attention_mask, input_ids, *args, **kwargs)
-        elif not torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling():
+            is_step = self._attends and self._static.is_ready and input_ids is not None and input_ids.shape[-1] == 1
+            if is_step and torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
+                return attention_mask[:, -1:]
+        else:
             mask = _mask_of_columns(attention_mask) if self._attends else attention_mask
             super().note_forward(module, mask, input_ids, *args, **kwargs)
             if input_ids is not None and self._ledger.step is None:
@@ -94,6 +102,7 @@ class StaticModelCache(ModelCache):
             if self._attends and input_ids is not None and input_ids.shape[-1] == 1:
                 # a compiled forward asks nothing more
                 self._static.prepare()
+        return None
 
     def note_attention(self, module: nn.Module, tables: object) -> None:
         """See `ModelCache.note_attention`."""

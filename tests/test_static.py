@@ -168,6 +168,23 @@ def test_any_sizes(way, length, num_steps, sinks, window, block, pads):
     assert caches[0]._ledger.compressed == caches[1]._ledger.compressed
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_padded_loop_over_a_compiled_model(family, fresh_compiler):
+    """Whose mask is of all columns, of which the model makes those of its layers inside of what is compiled."""
+    model, inputs, said = model_of(family), inputs_of(True), []
+    first = inputs["attention_mask"]
+    for forward in (model, torch.compile(model, backend="eager")):
+        cache, mask, logits = DeltaKVCache(model, max_cache_len=SIZE, **WAYS["coarse"](model)), first, []
+        model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+        for step in range(12):
+            mask = F.pad(mask, (0, 1), value=1)
+            cache.get_mask_sizes(1, 0)
+            given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -1:]}
+            logits.append(forward(prompt(2, 1, step), **given, past_key_values=cache).logits)
+        said.append(torch.cat(logits, 1))
+    assert_close_but_for_codes(*said)
+
+
 # -- between steps -----------------------------------------------------------------------------------------------------
 
 ROWS = {"reorder": [1, 1], "select": [1], "repeat": [0, 0, 1, 1]}
