@@ -122,8 +122,11 @@ class StateReader:
         """
         heads, value_dim = self.state.tail_values.shape[1], self.state.tail_values.shape[3]
         view = self.layout.view(self.device)
-        if not self.layout.compressed or (view is not None and mask is None):
+        if not self.layout.compressed:
             return None
+        if view is not None and mask is None:
+            # every column, but not the places that a shorter row leaves
+            mask = query.new_ones(self.state.columns, dtype=torch.bool)
         is_few = query.shape[1] * query.shape[2] <= FEW_QUERIES * heads
         if is_few and isinstance(self.compressor, Int4Compressor):
             return self._attend_int4(query, mask, scale)

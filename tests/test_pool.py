@@ -52,11 +52,13 @@ def steps(model, cache, mask, count, seed=0):
     return go_on(model, cache, mask, [1] * count, seed)
 
 
+@pytest.mark.parametrize("lengths", [[48, 40, 31], [48, 48, 48]], ids=["padded", "even"])
 @pytest.mark.parametrize("size", [None, 160])
 @pytest.mark.parametrize("way", ["coarse", "direct", "filter"])
-def test_a_released_row_leaves_the_others_as_they_were(way, size):
+def test_a_released_row_leaves_the_others_as_they_were(way, size, lengths):
+    """In a batch without padding, too, whose steps come without a mask."""
     model = model_of("wide" if way == "filter" else "llama")
-    inputs, options = left_padded([48, 40, 31]), WAYS[way](model) | {"max_cache_len": size}
+    inputs, options = left_padded(lengths), WAYS[way](model) | {"max_cache_len": size}
     mask, said = inputs["attention_mask"], []
     positions, later = (mask.cumsum(-1) - 1).clamp(min=0), F.pad(mask, (0, 3), value=1)
     for releases in (False, True):
