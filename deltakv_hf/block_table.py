@@ -47,7 +47,7 @@ class BlockTable:
             table = self._next[1]()
             if table is not None:
                 return table
-        wanted = [-(-count // self.block_size) for count in counts]
+        wanted = blocks_of(counts, self.block_size)
         kept = [row[:number] for row, number in zip(self.rows, wanted, strict=True)]
         given = [block for row, number in zip(self.rows, wanted, strict=True) for block in row[number:]]
         free, missing = [*self.free, *reversed(given)], sum(wanted) - sum(map(len, kept))
@@ -76,6 +76,11 @@ class BlockTable:
         return self._slots[records, device]
 
 
+def blocks_of(counts: list[int], block_size: int) -> list[int]:
+    """How many blocks hold so many tokens, each."""
+    return [-(-count // block_size) for count in counts]
+
+
 def slots_of(numbers: torch.Tensor, records: int) -> torch.Tensor:
     """Slots `[batch, blocks * records]` of the records in blocks `[batch, blocks]` int32."""
     own = torch.arange(records, dtype=numbers.dtype, device=numbers.device)
@@ -97,7 +102,7 @@ class BlockPool:
     def num_blocks(self, most: list[int]) -> int:
         """Of a pool for rows that may come to hold `most` compressed tokens each: one to read at least."""
         tokens = most if self.max_pool_tokens is None else [self.max_pool_tokens]
-        return max(1, sum(-(-count // self.block_size) for count in tokens))
+        return max(1, sum(blocks_of(tokens, self.block_size)))
 
     def empty(self, batch_size: int, num_blocks: int) -> BlockTable:
         """The table that all layers begin with."""
@@ -108,7 +113,7 @@ class BlockPool:
 
     def check(self, counts: list[int]) -> None:
         """Raises if rows of so many compressed tokens have no room."""
-        needed = sum(-(-count // self.block_size) for count in counts)
+        needed = sum(blocks_of(counts, self.block_size))
         if self.max_pool_tokens is not None and needed > self.num_blocks([]):
             raise CacheStateError(
                 f"`max_pool_tokens` must be at least {needed * self.block_size} for the compressed tokens of all rows, "

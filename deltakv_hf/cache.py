@@ -89,10 +89,7 @@ class DeltaKVCache(StaticModelCache):
                 # keys as the model rotated them, so that attention reads them as they are
                 form, make_compressor = None, _make_int4_compressor
             held = layer_idx, self._ledger, make_compressor, form, self._registry, plan.selector(layer_idx)
-            if sizes is None:
-                layers[layer_idx] = DeltaKVLayer(*held)
-            else:
-                layers[layer_idx] = StaticLayer(*held, sizes=sizes, block_pool=self._ledger.pool)
+            layers[layer_idx] = DeltaKVLayer(*held) if sizes is None else StaticLayer(*held, sizes=sizes)
         return layers
 
     def _sizes(self, max_cache_len: int) -> tuple[int, int, int]:
@@ -138,7 +135,6 @@ class DeltaKVCache(StaticModelCache):
         """
         self._check_whole()
         ledger = self._ledger
-        ledger.settle()
         numbers = torch.as_tensor(rows).cpu()
         numbers = (numbers.nonzero().flatten() if numbers.dtype == torch.bool else numbers).tolist()
         if not all(0 <= row < ledger.batch_size for row in numbers):
@@ -146,11 +142,9 @@ class DeltaKVCache(StaticModelCache):
         if not numbers:
             return
         with ledger.changing("release_rows"):
-            ledger.release(numbers)
+            crop = ledger.release(numbers)
             for layer in self.own_layers:
-                layer.forget_rows()
-                if not any(ledger.compressed):
-                    layer.drop_sinks()
+                layer.crop_to(crop)
 
     @classmethod
     def from_pretrained(

@@ -293,11 +293,6 @@ class DeltaKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.state = self.held.crop(crop, self._cut)
 
-    def forget_rows(self) -> None:
-        """Holds no more compressed tokens of each row than the ledger counts."""
-        if self.is_initialized:
-            self.state = replace(self.held, store=self._cut(self.held.store, self.ledger.compressed))
-
     def _cut(self, store: TokenStore, counts: list[int]) -> TokenStore:
         """`store` with so many tokens of each row; what stays keeps its codes."""
         return self.compressor.cut(store, max(counts))

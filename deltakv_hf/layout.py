@@ -74,7 +74,7 @@ class Flush:
 
 @dataclass(frozen=True)
 class Crop:
-    """What every layer does when the newest columns are forgotten.
+    """What every layer does when the newest columns, or all of some rows, are forgotten.
 
     Attributes:
         columns: columns that stay.

@@ -393,16 +393,21 @@ class TokenLedger:
         ]
         return Flush(self.num_flushes + 1, stack(sources), members, stack(tails))
 
-    def release(self, rows: list[int]) -> None:
-        """Forgets the tokens of `rows` of the settled ledger: their columns count as padding from now on."""
+    def release(self, rows: list[int]) -> Crop:
+        """Forgets the tokens of `rows`, whose columns count as padding from now on; returns what every layer does."""
+        self.settle()
         given_up = set(rows)
         held = self.row_columns or [torch.arange(self.columns)] * self.batch_size
         self.row_columns = [columns[:0] if row in given_up else columns for row, columns in enumerate(held)]
         before = self.released or [0] * self.batch_size
         self.released = [self.columns if row in given_up else count for row, count in enumerate(before)]
+        num_compressed = sum(self.compressed)
         for name in ("seen", "compressed", "tail_lengths"):
             setattr(self, name, [0 if row in given_up else n for row, n in enumerate(getattr(self, name))])
+        self.tail_width = max(self.tail_lengths)
         self._relayout()
+        stays, num_dropped = (self.compressed, self.tail_lengths), num_compressed - sum(self.compressed)
+        return Crop(self.columns, self.columns - self.merged, *stays, [False] * self.batch_size, num_dropped)
 
     def select_rows(self, rows: list[int] | None, batch_size: int) -> None:
         """The batch becomes `rows` of the settled old one, in that order; None where all rows are alike."""

@@ -58,7 +58,7 @@ class ReleaseFinished(StoppingCriteria):
         self._seen = length
         if (length - self._first) % self.every == 0:
             said = input_ids[:, self._first :]
-            ended = torch.isin(said, self.eos_token_id.to(said.device)).any(1)
+            ended = torch.isin(said, self.eos_token_id.to(said.device)).any(1).cpu()
             if not ended.all():
                 self.cache.release_rows(ended)
         return torch.zeros(batch, dtype=torch.bool, device=input_ids.device)

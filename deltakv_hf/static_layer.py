@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .block_table import BlockPool, BlockTable
+from .block_table import BlockTable
 from .compressor import Int4Compressor, TokenStore, TransformCompressor
 from .errors import CacheStateError, UnsupportedModelError
 from .hf_compat import upload
@@ -62,7 +62,6 @@ class StaticLayer(DeltaKVLayer):
     Args:
         *args: as for `DeltaKVLayer`.
         sizes: columns, compressed and raw tokens that a row has room for.
-        block_pool: of the cache.
 
     Attributes:
         pool: packed tokens of all rows, a store with one row.
@@ -75,7 +74,7 @@ class StaticLayer(DeltaKVLayer):
     is_compileable = True
     saved_as = DeltaKVLayer.__name__
 
-    def __init__(self, *args, sizes: tuple[int, int, int], block_pool: BlockPool):
+    def __init__(self, *args, sizes: tuple[int, int, int]):
         self.raw_keys: torch.Tensor | None = None
         self.raw_values: torch.Tensor | None = None
         self.pool: TokenStore | None = None
@@ -83,7 +82,7 @@ class StaticLayer(DeltaKVLayer):
         self.reader: StaticReader | None = None
         self.max_cache_len, self.capacity, self.num_raw = sizes
         self.is_first = self.is_last = self.writes_tables = self.chooses = self.is_told = False
-        self._block_pool, self._num_blocks = block_pool, 0
+        self._num_blocks = 0
         self._held: tuple | None = None
         self._anchor: torch.Tensor | None = None
         super().__init__(*args)
@@ -162,7 +161,7 @@ class StaticLayer(DeltaKVLayer):
         for count in set(counts):
             rows, last = [row for row, own in enumerate(counts) if own == count], self.compressor.records(count)
             picked = upload(torch.tensor(rows), self.device)
-            part = store.cut(*last).map(lambda records, picked=picked: records.index_select(0, picked))
+            part = store.first(*last).map(lambda records, picked=picked: records.index_select(0, picked))
             self.pool.put(part, *self._slots(packed.table, picked, (0, 0), last))
         return packed
 
@@ -187,13 +186,13 @@ class StaticLayer(DeltaKVLayer):
 
     def _empty(self, batch: int) -> PooledTokens:
         """What rows that hold nothing have in the pool, which is as large as they may come to need."""
-        ledger = self.ledger
+        ledger, pool = self.ledger, self.ledger.pool
         most = [ledger.canonical(self.max_cache_len - padding) for padding in ledger.num_padding()]
-        num_blocks = max(self._num_blocks, self._block_pool.num_blocks(most))
+        num_blocks = max(self._num_blocks, pool.num_blocks(most))
         if batch == 1:
             # it is read as a whole
-            num_blocks = max(num_blocks, self.capacity // self._block_pool.block_size)
-        table = self._block_pool.empty(batch, num_blocks)
+            num_blocks = max(num_blocks, self.capacity // pool.block_size)
+        table = pool.empty(batch, num_blocks)
         self._make_pool(table)
         return PooledTokens(table, [0] * batch)
 

@@ -143,10 +143,11 @@ class StaticReader:
         self, rows: torch.Tensor, raw: dispatch.Attended, scale: float, num_chosen: int
     ) -> tuple[dispatch.Attended, torch.Tensor | None]:
         plan, scores, blocks = self.plan, None, self.plan.int4_blocks
-        encoded = [part.expand(plan.batch_size, *part.shape[1:]) for part in self.pool.blocks()]
         if plan.batch_size == 1:
             # a single row's blocks stand in order, and are read faster as they are
             encoded, blocks = self.pool.blocks(slice(blocks.shape[1])), None
+        else:
+            encoded = [part.expand(plan.batch_size, *part.shape[1:]) for part in self.pool.blocks()]
         if num_chosen:
             scores = rows.new_empty(*rows.shape[:3], plan.capacity, dtype=torch.float32)
         where = None, blocks, plan.compressed

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from .block_table import BlockPool
 from .config import DeltaKVConfig, check_integer
 from .errors import CacheStateError, InvalidOptionError
 from .hf_compat import upload
@@ -71,13 +72,12 @@ class StaticRun:
 
     def resize(self, sizes: tuple[int, int, int], max_pool_tokens: int | None) -> None:
         """Moves what is held into room for other `sizes`, as of a layer; the next step is recorded anew."""
-        pool = self.ledger.pool
-        before, pool.max_pool_tokens = pool.max_pool_tokens, max_pool_tokens
+        pool = BlockPool(self.ledger.pool.block_size, max_pool_tokens)
         try:
             pool.check(self.ledger.compressed)
         except CacheStateError as error:
-            pool.max_pool_tokens = before
             raise InvalidOptionError(str(error)) from None
+        self.ledger.pool = pool
         with self.ledger.changing("resize"):
             for layer in self.layers:
                 layer.resize(sizes)

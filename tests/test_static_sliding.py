@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import full_inputs
 from models import SMALL, build, new_model, tiny_model
-from test_static import CHANGES, ROWS, WAYS, assert_close_but_for_codes, compiled, generated, go_on, released
+from test_static import (
+    CHANGES,
+    ROWS,
+    WAYS,
+    assert_close_but_for_codes,
+    compiled,
+    generated,
+    go_on,
+    kept_rows,
+    prompt_and_steps,
+)
 from torch._dynamo.utils import counters
 
 from deltakv_hf import CacheStateError, DeltaKVCache, UnsupportedModelError
@@ -69,7 +79,7 @@ def assert_same_tokens(caches) -> None:
             assert layers[0].get_seq_length() == layers[1].get_seq_length()
             for name in ("keys", "values"):
                 found, expected = (getattr(layer, name) for layer in reversed(layers))
-                rows = [row for row in range(len(found)) if row not in released(caches[0])]
+                rows = kept_rows(caches[0])
                 if rows:
                     assert_close_but_for_codes(found[rows], expected[rows])
 
@@ -143,21 +153,9 @@ def test_a_loop_of_ones_own(from_scratch):
 )
 def test_any_sizes(window, length, num_steps, pads):
     """The padding in front of a row leaves its window, too."""
-    model, ids = model_of(window=window), prompt(2, length + num_steps)
-    mask = torch.stack([torch.arange(length + num_steps) >= min(count, length - 1) for count in pads]).long()
-    positions, said, caches = (mask.cumsum(-1) - 1).clamp(min=0), [], pair(model, size=64)
-    for cache in caches:
-        logits = []
-        for start, stop in [(0, length), *((at, at + 1) for at in range(length, length + num_steps))]:
-            made = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
-                past_key_values=cache,
-            )
-            logits.append(made.logits[:, -1])
-        said.append(torch.stack(logits))
-    assert_close_but_for_codes(*said)
+    model = model_of(window=window)
+    caches = pair(model, size=64)
+    assert_close_but_for_codes(*(prompt_and_steps(model, cache, length, num_steps, pads) for cache in caches))
     assert_same_tokens(caches)
 
 
@@ -177,8 +175,7 @@ def test_between_steps_it_is_a_growing_cache(way, window, steps):
     mask = filled(model, caches)
     for number, (change, length) in enumerate(steps):
         said = [go_on(model, cache, mask, [1, length, 1], number) for cache in caches]
-        # a row that was released reads anything
-        rows = [row for row in range(len(mask)) if row not in released(caches[0])]
+        rows = kept_rows(caches[0])
         if not rows:
             return
         assert_close_but_for_codes(*(logits[rows] for logits in said))

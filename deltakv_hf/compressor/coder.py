@@ -132,12 +132,12 @@ class RecordCoder(Coder):
         if rows is not None:
             # a list as an index would make the host wait for the device
             picked = upload(torch.tensor(rows), getattr(store, store.names()[0]).device)
-            held = store.cut(*self.context(start)).map(lambda part: part.index_select(0, picked))
+            held = store.first(*self.context(start)).map(lambda part: part.index_select(0, picked))
         return store.write(self.code(held, start, stop, read), rows, *self.begin(start))
 
     def cut(self, store: TokenStore, count: int) -> TokenStore:
         """A store of the first `count` compressed tokens of every row; what stays keeps its bytes."""
-        return store.cut(*self.records(count))
+        return store.first(*self.records(count)).map(torch.clone)
 
 
 class ResidualCoder(RecordCoder):

@@ -57,10 +57,10 @@ class TokenStore:
             *(_write(getattr(self, name), getattr(new, name), rows, at, self.axis) for name, at in starts.items())
         )
 
-    def cut(self, num_references: int, num_residuals: int) -> TokenStore:
-        """The first records of every row, in memory of their own."""
+    def first(self, num_references: int, num_residuals: int) -> TokenStore:
+        """The first records of every row, where they stand."""
         counts = self.counts(num_references, num_residuals)
-        return type(self)(*(getattr(self, name).narrow(self.axis, 0, n).clone() for name, n in counts.items()))
+        return type(self)(*(getattr(self, name).narrow(self.axis, 0, n) for name, n in counts.items()))
 
     def take(self, references: torch.Tensor, residuals: torch.Tensor) -> TokenStore:
         """Out of this pool a store of the records in slots `[rows, n]` of references and of residuals."""

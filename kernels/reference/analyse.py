@@ -17,6 +17,10 @@ def analyse(tokens: torch.Tensor, mean: torch.Tensor, weights: torch.Tensor, inv
     Returns:
         `[batch, n, components]` float32.
     """
-    scaled = (tokens - mean) * weights
-    scaled = scaled if scaled.device.type == "mps" else scaled.double()
-    return (scaled @ inverse.to(scaled.dtype)).float()
+    return multiply((tokens - mean) * weights, inverse)
+
+
+def multiply(numbers: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """`numbers @ inverse` as `analyse` multiplies, float32."""
+    numbers = numbers.float() if numbers.device.type == "mps" else numbers.double()
+    return (numbers @ inverse.to(numbers.dtype)).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .analyse import analyse
+from .analyse import analyse, multiply
 from .unrotate import unrotate
 
 # bits of a float32 that hold its power of two, and of 2**-95: the least that tokens are scaled by
@@ -39,6 +39,4 @@ def analyse_states(
     # the largest number of a token comes to 2**14: nearly as much as float16 holds. What is not finite stays so
     most = scaled.abs().amax(-1, keepdim=True)
     scale = (most.view(torch.int32) & EXPONENT).clamp_(min=LEAST).view(torch.float32) * 2.0**-14
-    rounded = (scaled * (1 / scale)).half()
-    rounded = rounded.float() if rounded.device.type == "mps" else rounded.double()
-    return (rounded @ inverse.to(rounded.dtype)).float() * scale
+    return multiply((scaled * (1 / scale)).half(), inverse) * scale
